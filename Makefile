@@ -1,0 +1,84 @@
+# Needs Python 3.10 or newer with pip and venv; everything else is installed into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+# pip runs only when what it reads has changed. The dev set contains the demo set.
+DEV := $(VENV)/.installed-dev
+DEMO := $(VENV)/.installed-demo
+LOG := $(VENV)/install.log
+LIGHT := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
+
+# $(call install,extra): one resolver run under the constraints. Shows one line per package that pip has to
+# get; the whole output is in the log, and its end is shown when the installation fails.
+define install
+	@echo "Installing compiled_sparse[$(1)] into $(VENV) (a minute or more the first time)"
+	@SECONDS=0; \
+	$(PY) -m pip install --progress-bar off $(PIP_ARGS) -c constraints.txt -e '.[$(1)]' 2>&1 \
+		| tee $(LOG) | { grep --line-buffered '^Collecting' || [ $$? -eq 1 ]; } | cut -d '(' -f 1 \
+		|| { tail -n 12 $(LOG); echo "pip failed; all it said is in $(LOG)"; exit 1; }; \
+	echo "Installed in $$SECONDS s"
+	@touch $@
+endef
+
+.PHONY: help
+help: ## show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "  ARGS='...' is passed on, as in: make test ARGS='-k sta -x'"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"compiled_sparse needs Python 3.10 or newer, got %d.%d. Next: make PYTHON=python3.11 ..." \
+		% sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV)
+
+$(DEV): pyproject.toml constraints.txt | $(PY)
+	$(call install,dev)
+
+$(DEMO): pyproject.toml constraints.txt | $(PY)
+	$(call install,demo)
+
+.PHONY: demo
+demo: $(LIGHT) ## compile a small video model, compare sparse with dense
+	@$(PY) -m compiled_sparse demo $(ARGS)
+
+.PHONY: test
+test: $(DEV) ## run the tests, without the slow ones
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+.PHONY: test-all
+test-all: $(DEV) ## run every test
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: check
+check: $(DEV) ## format, lint, types, docstrings, spelling, repository rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/interrogate compiled_sparse
+	$(BIN)/codespell
+	$(PY) tools/check_repo.py
+
+.PHONY: format
+format: $(DEV) ## rewrite what ruff can fix by itself
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(LIGHT) ## run the benchmarks and record their results
+	@$(PY) -m benchmarks $(ARGS)
+
+.PHONY: clean
+clean: ## remove caches and build products; keeps the virtual environment
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,150 @@
+"""The Dynamo backend: clone the graph, run the pass, hand it on, pick the variant at run time.
+
+Registered as `compiled_sparse` through the `torch_dynamo_backends` entry-point group.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import lookup_backend
+
+from compiled_sparse.errors import StrictRewriteError
+from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.metadata import current_layout
+from compiled_sparse.options import BackendOptions
+from compiled_sparse.options import parse_options
+from compiled_sparse.passes import SparseAttentionPass
+from compiled_sparse.passes.fx import clone_dynamo_graph
+from compiled_sparse.reasons import EXPECTED_DENSE
+from compiled_sparse.reasons import REASONS
+from compiled_sparse.report import Decision
+from compiled_sparse.report import Report
+
+logger = logging.getLogger("compiled_sparse")
+
+Compiled = Callable[..., Any]
+
+
+def compiled_sparse_backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile a graph with its video self-attention made sparse.
+
+    Use it by name: `torch.compile(model, backend="compiled_sparse", options={...})`.
+
+    Args:
+        graph_module: Graph from Dynamo; left untouched.
+        example_inputs: Its inputs.
+        options: `policy`, `inner` ("inductor", "aot_eager" or "eager"), `mode`, `strict`, and any
+            name of inductor's own config.
+        mode: torch.compile's mode, for inductor.
+
+    Returns:
+        The compiled callable.
+
+    Raises:
+        UnknownOptionError: if an option is not known.
+        StrictRewriteError: with `strict`, if a call that should be sparse stays dense.
+        ConfigError: if the policy is not one.
+    """
+    settings = parse_options(options, mode)
+    return _Dispatcher(
+        clone_dynamo_graph(graph_module), list(example_inputs), settings
+    ).as_callable()
+
+
+class _Dispatcher:
+    """The compiled variants of one graph, one per layout that `cs.metadata` named."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, example_inputs: list[Any], settings: BackendOptions
+    ) -> None:
+        self._pristine = graph_module
+        self._settings = settings
+        self._lock = threading.RLock()
+        layout = current_layout()
+        rewritten = self._rewrite(layout)
+        first = _compile(rewritten, example_inputs, settings)
+        self._variants: dict[LayoutMetadata | None, Compiled] = {layout: first}
+
+    def as_callable(self) -> Compiled:
+        variants, build = self._variants, self._build
+
+        def run(*inputs: Any) -> Any:
+            layout = current_layout()
+            compiled = variants.get(layout)
+            return (compiled or build(layout))(*inputs)
+
+        return run
+
+    def _rewrite(self, layout: LayoutMetadata | None) -> fx.GraphModule:
+        rewritten = clone_dynamo_graph(self._pristine)
+        decisions = SparseAttentionPass(self._settings.policy, layout)(rewritten)
+        _announce(decisions, self._settings)
+        return rewritten
+
+    def _build(self, layout: LayoutMetadata | None) -> Compiled:
+        """Compile a further variant, outside Dynamo: a nested compile guards its own shapes."""
+        with self._lock:
+            if layout not in self._variants:
+                settings = self._settings
+
+                def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+                    return _compile(graph, list(inputs), settings)
+
+                self._variants[layout] = torch.compile(self._rewrite(layout), backend=inner)
+            return self._variants[layout]
+
+
+def _compile(
+    graph_module: fx.GraphModule, example_inputs: list[Any], settings: BackendOptions
+) -> Compiled:
+    if settings.inner != "inductor":
+        compiled: Compiled = lookup_backend(settings.inner)(graph_module, example_inputs)
+        return compiled
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, example_inputs, config_patches=dict(settings.inductor))  # type: ignore[return-value]
+
+
+def _announce(decisions: list[Decision], settings: BackendOptions) -> None:
+    """Log what was done; warn, or raise when strict, about calls that should have been sparse."""
+    report = Report(tuple(decisions))
+    if not decisions:
+        logger.debug("graph without attention calls")
+        return
+    logger.info("%s", report.summary())
+    for decision in decisions:
+        logger.debug("%s", decision)
+    missed = [d for d in decisions if not d.is_sparse and d.reason not in EXPECTED_DENSE]
+    if not missed or settings.is_automatic:
+        return
+    first = missed[0]
+    where = f"{first.path or 'an attention call'}: {first.reason}"
+    detail = f" ({first.detail})" if first.detail else ""
+    if settings.strict:
+        raise StrictRewriteError(
+            f"{len(missed)} attention calls the policy wants sparse stay dense",
+            got=where + detail,
+            expected="every call the policy names rewritten, as strict=True asks",
+            next_step=REASONS[first.reason],
+        )
+    logger.warning(
+        "%d attention calls stay dense although the policy names a mechanism; first %s%s. %s",
+        len(missed),
+        where,
+        detail,
+        REASONS[first.reason],
+    )

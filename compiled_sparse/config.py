@@ -1,0 +1,294 @@
+"""Mechanism configs: frozen, keyword-only, checked when built, with a JSON round trip.
+
+`Policy` and the forms a policy may be written in live in `compiled_sparse.policy`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from typing import ClassVar
+from typing import Literal
+from typing import cast
+
+from compiled_sparse.errors import ConfigError
+from compiled_sparse.errors import ConfigFormatError
+from compiled_sparse.errors import UnknownMechanismError
+from compiled_sparse.layout import auto_tile
+
+FORMAT_VERSION = 1
+
+Window = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MechanismConfig:
+    """Base of every mechanism's config.
+
+    Subclasses are frozen dataclasses that set `name`; they are registered by being defined.
+    """
+
+    name: ClassVar[str] = ""
+
+    _registry: ClassVar[dict[str, type[MechanismConfig]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        MechanismConfig._registry[cls.name] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON values, with `version` and `mechanism`."""
+        return {"version": FORMAT_VERSION, "mechanism": self.name, **dataclasses.asdict(self)}
+
+    def to_json(self) -> str:
+        """Return the config as a JSON document."""
+        return json.dumps(self.to_dict())
+
+    def describe(self) -> str:
+        """Return the config as a spec string, e.g. `sta:window_thw=3x3x3,tile_thw=6x8x8`."""
+        fields = [f"{key}={_spec_value(value)}" for key, value in dataclasses.asdict(self).items()]
+        return self.name + (":" + ",".join(fields) if fields else "")
+
+    @staticmethod
+    def from_dict(document: Mapping[str, Any]) -> MechanismConfig:
+        """Build a config from what `to_dict` returned.
+
+        Raises:
+            ConfigFormatError: if the document has another version or unknown fields.
+            UnknownMechanismError: if the mechanism is not known.
+            ConfigError: if a value is out of range.
+        """
+        check_version(document)
+        fields = {k: v for k, v in document.items() if k not in ("version", "mechanism")}
+        return build_config(str(document.get("mechanism")), fields)
+
+    @staticmethod
+    def from_json(text: str) -> MechanismConfig:
+        """Build a config from what `to_json` returned; raises as `from_dict` does."""
+        return MechanismConfig.from_dict(parse_json_object(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(MechanismConfig):
+    """Let the selector choose: training-free STA where a gain is predicted, dense elsewhere."""
+
+    name: ClassVar[str] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(MechanismConfig):
+    """Ordinary full attention: the call is left as it is."""
+
+    name: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class STA(MechanismConfig):
+    """Sliding tile attention: each tile attends to a window of whole tiles (arXiv 2502.04507).
+
+    A window of k tiles on an axis of N tiles covers `2 * (k // 2) + 1` tiles, so an even k acts as
+    k + 1; it is shifted inwards at the borders and never wider than the axis. Video tokens also
+    attend to all text tokens, and text tokens attend to everything. Training-free, and trainable.
+
+    Args:
+        window_thw: Window in tiles per axis, (T, H, W) for video, (H, W) for images; or one such
+            triple per query head.
+        tile_thw: Tokens per axis of a tile, or "auto" for the compact tile with least padding on
+            the grid at hand. Grids need not be divisible by it.
+
+    Raises:
+        ConfigError: if a window or tile is not made of positive integers, or their numbers of axes
+            differ.
+    """
+
+    name: ClassVar[str] = "sta"
+
+    window_thw: Window | tuple[Window, ...] = (3, 3, 3)
+    tile_thw: tuple[int, ...] | Literal["auto"] = (6, 8, 8)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window_thw", _as_tuples(self.window_thw))
+        object.__setattr__(self, "tile_thw", _as_tuples(self.tile_thw))
+        windows = self.windows
+        _require_extents("STA.window_thw", windows, self.window_thw)
+        if len({len(window) for window in windows}) != 1:
+            raise ConfigError(
+                "STA.window_thw has windows of different lengths",
+                got=repr(self.window_thw),
+                expected="the same number of axes for every head",
+                next_step="pass one (T, H, W) triple, or one triple per query head",
+            )
+        if self.tile_thw == "auto":
+            return
+        _require_extents("STA.tile_thw", (self.tile_thw,), self.tile_thw)
+        if len(self.tile_thw) != self.num_axes:
+            raise ConfigError(
+                "STA.window_thw and STA.tile_thw have different numbers of axes",
+                got=f"window_thw={self.window_thw}, tile_thw={self.tile_thw}",
+                expected="one tile side per window axis",
+                next_step='pass a tile with as many sides as the window, or tile_thw="auto"',
+            )
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows: one for all heads, or one per query head."""
+        first = self.window_thw[0] if self.window_thw else 0
+        if isinstance(first, tuple):
+            return cast("tuple[Window, ...]", self.window_thw)
+        return (cast("Window", self.window_thw),)
+
+    @property
+    def num_axes(self) -> int:
+        """Number of grid axes this config is written for."""
+        return len(self.windows[0])
+
+    def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tile used on `grid`: `tile_thw`, or the automatic choice."""
+        return auto_tile(grid) if self.tile_thw == "auto" else self.tile_thw
+
+
+def known_mechanisms() -> tuple[str, ...]:
+    """Return the names of all registered mechanisms, sorted."""
+    return tuple(sorted(name for name in MechanismConfig._registry if name))
+
+
+def build_config(name: str, fields: Mapping[str, Any]) -> MechanismConfig:
+    """Build the config of mechanism `name` from its fields.
+
+    Raises:
+        UnknownMechanismError: if no mechanism has this name.
+        ConfigFormatError: if a field is not one of the mechanism's.
+        ConfigError: if a value is out of range.
+    """
+    config_class = MechanismConfig._registry.get(name.lower()) if name else None
+    if config_class is None:
+        raise UnknownMechanismError(
+            "unknown mechanism",
+            got=repr(name),
+            expected="one of " + ", ".join(known_mechanisms()),
+            next_step="correct the name, or pass a config object such as STA(...)",
+        )
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigFormatError(
+            f"unknown field of mechanism {config_class.name!r}",
+            got=", ".join(unknown),
+            expected="fields among " + (", ".join(sorted(known)) or "(none)"),
+            next_step="correct the field name, or upgrade if the file comes from a newer version",
+        )
+    return config_class(**fields)
+
+
+def parse_spec(spec: str) -> MechanismConfig:
+    """Build a config from a spec string.
+
+    Args:
+        spec: `name` or `name:key=value,key=value`; tuples are written `3x3x3`, one tuple per head
+            `3x3x3/1x5x5`.
+
+    Returns:
+        The config.
+
+    Raises:
+        UnknownMechanismError: if the name is not known.
+        ConfigFormatError: if a part is not `key=value`, or a key is unknown.
+        ConfigError: if a value is out of range.
+    """
+    name, _, rest = spec.strip().partition(":")
+    fields: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigFormatError(
+                "part of a spec string is not key=value",
+                got=repr(part),
+                expected="name:key=value,key=value",
+                next_step="write it like sta:window_thw=3x3x3,tile_thw=6x8x8",
+            )
+        fields[key.strip()] = _parse_spec_value(value.strip())
+    return build_config(name.strip(), fields)
+
+
+def check_version(document: Mapping[str, Any]) -> None:
+    """Check the `version` of a JSON document.
+
+    Raises:
+        ConfigFormatError: if it is missing or not the one this release writes.
+    """
+    if document.get("version") != FORMAT_VERSION:
+        raise ConfigFormatError(
+            "JSON document of another format version",
+            got=f"version {document.get('version')!r}",
+            expected=f"version {FORMAT_VERSION}",
+            next_step="write the file again with to_json(), or use the release that wrote it",
+        )
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON document that must be an object.
+
+    Raises:
+        ConfigFormatError: if it is not JSON, or not an object.
+    """
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigFormatError(
+            "not a JSON document",
+            got=f"{text[:40]!r}: {error}",
+            expected="a JSON object",
+            next_step="check the file, or write it again with to_json()",
+        ) from None
+    if not isinstance(document, dict):
+        raise ConfigFormatError(
+            "JSON document is not an object",
+            got=type(document).__name__,
+            expected='an object with "version"',
+            next_step="write the file again with to_json()",
+        )
+    return document
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
+    def valid(extents: Any) -> bool:
+        return (
+            isinstance(extents, tuple)
+            and 1 <= len(extents) <= 3
+            and all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in extents)
+        )
+
+    if not all(valid(extents) for extents in values):
+        raise ConfigError(
+            f"{name} is not made of positive integers",
+            got=repr(shown),
+            expected="1 to 3 positive integers, slowest axis first",
+            next_step=f"pass {name.split('.')[1]}=(3, 3, 3), for instance",
+        )
+
+
+def _spec_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ("/" if value and isinstance(value[0], tuple) else "x").join(map(_spec_value, value))
+    return str(value)
+
+
+def _parse_spec_value(text: str) -> Any:
+    if "/" in text:
+        return tuple(_parse_spec_value(part) for part in text.split("/"))
+    parts = text.split("x")
+    if len(parts) > 1 and all(part.isdigit() for part in parts):
+        return tuple(int(part) for part in parts)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)

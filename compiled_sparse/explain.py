@@ -1,0 +1,67 @@
+"""`explain`: what would be done to each attention call, without doing the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiled_sparse.metadata import current_layout
+from compiled_sparse.passes import SparseAttentionPass
+from compiled_sparse.passes.fx import clone_dynamo_graph
+from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import hint
+from compiled_sparse.policy import PolicyLike
+from compiled_sparse.policy import as_policy
+from compiled_sparse.report import Decision
+from compiled_sparse.report import Report
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, policy: PolicyLike = None, **kwargs: Any
+) -> Report:
+    """Report what the backend would do to each attention call of a model.
+
+    Dynamo traces the model as `torch.compile` would; the graphs are analysed but not computed:
+    each returns zeros of the right shape. Parameters are not touched, memory is that of the
+    graphs' outputs.
+
+    Args:
+        model: Module or function, not yet compiled.
+        *args: Example inputs for the call to explain.
+        policy: As in `options={"policy": ...}`; None for automatic.
+        **kwargs: Further example inputs.
+
+    Returns:
+        One decision per attention call, and the number of graphs.
+    """
+    resolved = as_policy(policy)
+    decisions: list[Decision] = []
+    num_graphs = 0
+
+    def analyse(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal num_graphs
+        num_graphs += 1
+        analysis = SparseAttentionPass(resolved, current_layout(), rewrite=False)
+        decisions.extend(analysis(clone_dynamo_graph(graph)))
+        outputs = _output_values(graph)
+        return lambda *_: [_zeros(value) for value in outputs]
+
+    torch.compile(model, backend=analyse)(*args, **kwargs)
+    return Report(tuple(decisions), max(num_graphs, 1))
+
+
+def _output_values(graph: fx.GraphModule) -> list[Any]:
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    return [example_value(v) if isinstance(v, fx.Node) else v for v in output.args[0]]
+
+
+def _zeros(value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return hint(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros([hint(size) for size in value.shape], dtype=value.dtype, device=value.device)

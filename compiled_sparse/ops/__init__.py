@@ -1,0 +1,8 @@
+"""Operators of this package; importing registers them, and initialises no device."""
+
+from __future__ import annotations
+
+from compiled_sparse.ops.attention import attention
+from compiled_sparse.ops.block_sparse import block_sparse_attention
+
+__all__ = ["attention", "block_sparse_attention"]

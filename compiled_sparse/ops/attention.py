@@ -1,0 +1,135 @@
+"""`attention`: any mechanism as a function, without a compiler."""
+
+from __future__ import annotations
+
+from typing import Literal
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled_sparse.config import STA
+from compiled_sparse.config import Dense
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.errors import ConfigError
+from compiled_sparse.errors import MissingGridError
+from compiled_sparse.layout import Text
+from compiled_sparse.ops.sta import flatten_windows
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MechanismConfig,
+    *,
+    grid_thw: tuple[int, ...] | None = ...,
+    text: Text | None = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MechanismConfig,
+    *,
+    grid_thw: tuple[int, ...] | None = ...,
+    text: Text | None = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MechanismConfig,
+    *,
+    grid_thw: tuple[int, ...] | None = None,
+    text: Text | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by one mechanism, eagerly or inside any compiled function.
+
+    Args:
+        q: [batch, query heads, length, head_dim], any strides.
+        k: [batch, key heads, length, head_dim]; query heads is a multiple of key heads.
+        v: like `k`.
+        config: Mechanism and its parameters, e.g. `STA(window_thw=(3, 3, 3))`.
+        grid_thw: Token grid of the video; every mechanism but `Dense` needs it.
+        text: Text tokens around the video in the same sequence.
+        key_mask: bool [batch, key length], True where the key is attended.
+        scale: Softmax scale; None means `head_dim ** -0.5`.
+        return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
+
+    Returns:
+        The output, [batch, query heads, length, head_dim], or the output and the log-sum-exp.
+
+    Raises:
+        MissingGridError: if the mechanism needs a grid and none was given.
+        ConfigError: if the mechanism cannot run on its own (`Auto`), or `return_lse` is not
+            available.
+        CompiledSparseError: whatever the mechanism's op raises for wrong shapes and dtypes.
+    """
+    if isinstance(config, Dense):
+        return _dense(q, k, v, key_mask, scale, return_lse)
+    if not isinstance(config, STA):
+        raise ConfigError(
+            "this config names no mechanism that can be called",
+            got=repr(config),
+            expected="STA(...) or Dense()",
+            next_step="pass one of these; 'auto' is only for the compile backend",
+        )
+    if grid_thw is None:
+        raise MissingGridError(
+            f"{config.name} needs the token grid",
+            got="grid_thw=None",
+            expected="the (T, H, W) grid of the video tokens",
+            next_step="pass grid_thw=(T, H, W), counted after patching",
+        )
+    text = text or Text()
+    tile = config.resolve_tile(tuple(grid_thw))
+    out, lse = torch.ops.compiled_sparse.sta(
+        q,
+        k,
+        v,
+        key_mask,
+        list(grid_thw),
+        list(tile),
+        flatten_windows(config.windows),
+        text.before,
+        text.after,
+        scale,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Tensor:
+    if return_lse:
+        raise ConfigError(
+            "dense attention does not return the log-sum-exp",
+            got="return_lse=True",
+            expected="return_lse=False",
+            next_step="use a window that spans the grid, or cs.reference.attention",
+        )
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)

@@ -1,0 +1,262 @@
+"""The kernel op: attention over listed pairs of blocks, forward and backward.
+
+Tokens stay in raster order; which tokens form a block follows from grid, tile and text
+(`compiled_sparse.layout`). The op is opaque to the compiler: schema, fake with exact strides,
+registered backward, one implementation per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from compiled_sparse.errors import DeviceError
+from compiled_sparse.errors import DoubleBackwardError
+from compiled_sparse.ops import cpu
+from compiled_sparse.ops.checks import check_lists
+from compiled_sparse.ops.checks import check_shapes
+from compiled_sparse.ops.checks import check_tensors
+from compiled_sparse.ops.checks import resolve_layouts
+from compiled_sparse.ops.library import LIBRARY
+from compiled_sparse.ops.library import NAMESPACE
+from compiled_sparse.ops.plan import block_tokens
+
+FORWARD = "block_sparse_attention"
+BACKWARD = "block_sparse_attention_backward"
+
+_GEOMETRY = "SymInt[] grid, int[] q_tile, int[] kv_tile, SymInt text_before, SymInt text_after"
+
+LIBRARY.define(
+    f"{FORWARD}(Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor block_counts, "
+    f"Tensor? key_mask, {_GEOMETRY}, float? scale) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+LIBRARY.define(
+    f"{BACKWARD}(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor block_indices, Tensor block_counts, Tensor? key_mask, "
+    f"{_GEOMETRY}, float? scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    *,
+    grid: Sequence[int],
+    q_tile: Sequence[int],
+    kv_tile: Sequence[int],
+    key_mask: Tensor | None = None,
+    text_before: int = 0,
+    text_after: int = 0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query block over its listed key blocks.
+
+    Blocks are numbered: runs of text in front, tiles in raster order, runs of text behind; a run
+    has as many slots as the tile. Arithmetic is float32 (float64 for float64 inputs). A query
+    without a visible key gives `out` 0 and `lse` -inf, and no gradient.
+
+    Args:
+        q: [batch, query heads, query length, head_dim]; float32, bfloat16, float16 or float64.
+        k: [batch, key heads, key length, head_dim]; query heads is a multiple of key heads.
+        v: like `k`.
+        block_indices: int32 [batch or 1, query heads or 1, query blocks, K]: key blocks of each
+            query block, without repetition.
+        block_counts: int32 [batch or 1, query heads or 1, query blocks]: how many leading entries
+            of a row are valid, 0 to K.
+        grid: Token grid of the queries, one to three axes. With one axis the key length is free.
+        q_tile: Tile sides for query blocks.
+        kv_tile: Tile sides for key blocks.
+        key_mask: bool [batch, key length], True where the key is attended.
+        text_before: Text tokens in front of the grid, in queries and keys.
+        text_after: Text tokens behind the grid, in queries and keys.
+        scale: Softmax scale; None means `head_dim ** -0.5`.
+
+    Returns:
+        `out` [batch, query heads, query length, head_dim] of v's dtype, a transposed view of
+        [batch, length, heads, head_dim] memory, and `lse`, the natural log-sum-exp of the scaled
+        scores, float32 (float64 for float64) [batch, query heads, query length]. Both are
+        differentiable once.
+
+    Raises:
+        ShapeError: if shapes do not fit each other.
+        DtypeError: if dtypes are unsupported or differ.
+        LayoutError: if grid and text do not add up to the lengths.
+        BlockListError: if a list is out of range (checked on the CPU).
+        DeviceError: if the device has no implementation.
+    """
+    op = torch.ops.compiled_sparse.block_sparse_attention
+    outputs: tuple[Tensor, Tensor] = op(
+        q,
+        k,
+        v,
+        block_indices,
+        block_counts,
+        key_mask,
+        list(grid),
+        list(q_tile),
+        list(kv_tile),
+        text_before,
+        text_after,
+        scale,
+    )
+    return outputs
+
+
+def empty_like_blhd(tensor: Tensor) -> Tensor:
+    """Allocate [B, H, L, D] over [B, L, H, D] memory: `transpose(1, 2).flatten(2)` is then free."""
+    batch, heads, length, head_dim = tensor.shape
+    return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _resolve_scale(scale: float | None, q: Tensor) -> float:
+    return float(q.shape[-1]) ** -0.5 if scale is None else scale
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    grid: list[int],
+    q_tile: list[int],
+    kv_tile: list[int],
+    text_before: int,
+    text_after: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    check_tensors(q, k, v, key_mask)
+    check_shapes(q, k, v, key_mask)
+    q_layout, kv_layout = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
+    check_lists(block_indices, block_counts, q, q_layout, kv_layout)
+    return cpu.block_sparse_forward(
+        q,
+        k,
+        v,
+        block_indices,
+        block_counts,
+        key_mask,
+        block_tokens(q_layout),
+        block_tokens(kv_layout),
+        _resolve_scale(scale, q),
+    )
+
+
+def _backward_cpu(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    grid: list[int],
+    q_tile: list[int],
+    kv_tile: list[int],
+    text_before: int,
+    text_after: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_layout, kv_layout = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
+    return cpu.block_sparse_backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        block_indices,
+        block_counts,
+        key_mask,
+        block_tokens(q_layout),
+        block_tokens(kv_layout),
+        _resolve_scale(scale, q),
+    )
+
+
+def _no_cuda(*args: Any) -> NoReturn:
+    raise DeviceError(
+        "block_sparse_attention has no GPU kernel in this release",
+        got="CUDA tensors",
+        expected="CPU tensors",
+        next_step="move the model to the CPU, or leave these calls dense (policy 'dense')",
+    )
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_tensors(q, k, v, rest[0])
+    lse = q.new_empty(q.shape[:-1], dtype=_lse_dtype(q.dtype))
+    return empty_like_blhd(q), lse
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, block_indices, block_counts, key_mask, *geometry = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, block_indices, block_counts, key_mask)
+    ctx.geometry = geometry
+
+
+def _autograd_backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    unused = (None,) * (3 + len(ctx.geometry))
+    if grad_out is None and grad_lse is None:
+        return (None, None, None, *unused)
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[3])
+    op = torch.ops.compiled_sparse.block_sparse_attention_backward
+    return (*op(grad_out, grad_lse, *saved, *ctx.geometry), *unused)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise DoubleBackwardError(
+        "block_sparse_attention is differentiable only once",
+        got="a second derivative",
+        expected="first derivatives only",
+        next_step="use cs.reference.attention where second derivatives are needed",
+    )
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The second derivative only raises, so nothing is kept for it."""
+
+
+LIBRARY.impl(FORWARD, _forward_cpu, "CPU")
+LIBRARY.impl(BACKWARD, _backward_cpu, "CPU")
+LIBRARY.impl(FORWARD, _no_cuda, "CUDA")
+LIBRARY.impl(BACKWARD, _no_cuda, "CUDA")
+torch.library.register_fake(f"{NAMESPACE}::{FORWARD}", _forward_fake, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::{BACKWARD}", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    f"{NAMESPACE}::{FORWARD}", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::{BACKWARD}", _no_double_backward, setup_context=_save_nothing, lib=LIBRARY
+)

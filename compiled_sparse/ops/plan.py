@@ -1,0 +1,109 @@
+"""Immutable index tensors derived from a layout, built once and cached on integers.
+
+Nothing returned here may be written to: every caller shares the same tensors.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled_sparse.config import Window
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.pattern import effective_width
+
+PADDING = -1
+_CACHE_SIZE = 64
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+def block_tokens(layout: BlockLayout) -> Tensor:
+    """Return the raster token index of every slot of every block.
+
+    Valid tokens of a block come first, in raster order; padding slots hold -1.
+
+    Args:
+        layout: How the sequence is cut into blocks.
+
+    Returns:
+        int32 CPU tensor [num_blocks, block_size].
+    """
+    before = _text_runs(0, layout.text_before, layout.block_size)
+    tiles = _tiles(layout)
+    video = torch.where(tiles >= 0, tiles + layout.text_before, tiles)
+    after_start = layout.text_before + layout.num_video_tokens
+    after = _text_runs(after_start, layout.text_after, layout.block_size)
+    return torch.cat([before, video, after]).to(torch.int32)
+
+
+def _text_runs(start: int, count: int, block_size: int) -> Tensor:
+    tokens = torch.arange(start, start + count)
+    return F.pad(tokens, (0, -count % block_size), value=PADDING).view(-1, block_size)
+
+
+def _tiles(layout: BlockLayout) -> Tensor:
+    tokens = torch.arange(layout.num_video_tokens).view(layout.grid)
+    for axis, (extent, side) in enumerate(zip(layout.grid, layout.tile, strict=True)):
+        missing = torch.full_like(tokens.narrow(axis, 0, 1), PADDING)
+        tokens = torch.cat([tokens] + [missing] * (-extent % side), dim=axis)
+    split: list[int] = []
+    for count, side in zip(layout.tiles_per_axis, layout.tile, strict=True):
+        split += [count, side]
+    axes = [*range(0, len(split), 2), *range(1, len(split), 2)]
+    blocks = tokens.view(split).permute(axes).reshape(layout.num_video_blocks, layout.block_size)
+    order = (blocks < 0).to(torch.int8).argsort(dim=1, stable=True)
+    return blocks.gather(1, order)
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+def sta_lists(
+    layout: BlockLayout, windows: tuple[Window, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the key blocks each query block attends to under sliding tile attention.
+
+    Args:
+        layout: How the sequence is cut into blocks.
+        windows: One window in tiles for all heads, or one per query head.
+        device: Where the lists live.
+
+    Returns:
+        `block_indices` int32 [1, 1 or heads, num_blocks, K], ascending within a row and padded with
+        0, and `block_counts` int32 [1, 1 or heads, num_blocks].
+    """
+    per_head = [_sta_rows(layout, window) for window in windows]
+    width = max(indices.shape[1] for indices, _ in per_head)
+    indices = torch.stack([F.pad(rows, (0, width - rows.shape[1])) for rows, _ in per_head])
+    counts = torch.stack([counts for _, counts in per_head])
+    return indices[None].to(device, torch.int32), counts[None].to(device, torch.int32)
+
+
+def _sta_rows(layout: BlockLayout, window: Window) -> tuple[Tensor, Tensor]:
+    before = torch.arange(layout.num_text_blocks_before)
+    first_after = layout.num_text_blocks_before + layout.num_video_blocks
+    after = torch.arange(first_after, layout.num_blocks)
+    video = _window_rows(layout, window) + layout.num_text_blocks_before
+    tiles = video.shape[0]
+    rows = torch.cat([before.expand(tiles, -1), video, after.expand(tiles, -1)], dim=1)
+    counts = torch.full((layout.num_blocks,), layout.num_blocks)
+    counts[layout.num_text_blocks_before : first_after] = rows.shape[1]
+    if tiles == layout.num_blocks:
+        return rows, counts
+    everything = torch.arange(layout.num_blocks)
+    rows = F.pad(rows, (0, layout.num_blocks - rows.shape[1]))
+    text_before = everything.expand(len(before), -1)
+    text_after = everything.expand(len(after), -1)
+    return torch.cat([text_before, rows, text_after]), counts
+
+
+def _window_rows(layout: BlockLayout, window: Window) -> Tensor:
+    rows = torch.zeros(1, 1, dtype=torch.int64)
+    for num_tiles, nominal in zip(layout.tiles_per_axis, window, strict=True):
+        width = effective_width(num_tiles, nominal)
+        start = (torch.arange(num_tiles) - nominal // 2).clamp(0, num_tiles - width)
+        visible = start[:, None] + torch.arange(width)
+        rows = rows[:, None, :, None] * num_tiles + visible[None, :, None, :]
+        rows = rows.flatten(2).flatten(0, 1)
+    return rows

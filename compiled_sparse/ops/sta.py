@@ -1,0 +1,131 @@
+"""Sliding tile attention as an op: static block lists over the kernel op.
+
+`compiled_sparse::sta` is composite: tracing turns it into one list op (shared by every layer of a
+graph) and one kernel op. Method: arXiv 2502.04507; backward, text and partial tiles added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from compiled_sparse.config import Window
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.ops.autocast import register_autocast_like_sdpa
+from compiled_sparse.ops.library import LIBRARY
+from compiled_sparse.ops.library import NAMESPACE
+from compiled_sparse.ops.plan import sta_lists
+
+_GEOMETRY = "SymInt[] grid, int[] tile, int[] windows, SymInt text_before, SymInt text_after"
+
+LIBRARY.define(
+    f"sta_block_lists({_GEOMETRY}, Device device) -> (Tensor block_indices, Tensor block_counts)"
+)
+LIBRARY.define(
+    f"sta(Tensor q, Tensor k, Tensor v, Tensor? key_mask, {_GEOMETRY}, float? scale) "
+    "-> (Tensor out, Tensor lse)"
+)
+
+
+def flatten_windows(windows: Sequence[Window]) -> list[int]:
+    """Write windows as the flat integer list the op's schema takes."""
+    return [extent for window in windows for extent in window]
+
+
+def _unflatten_windows(flat: Sequence[int], num_axes: int) -> tuple[Window, ...]:
+    return tuple(tuple(flat[i : i + num_axes]) for i in range(0, len(flat), num_axes))
+
+
+def _block_lists(
+    grid: list[int],
+    tile: list[int],
+    windows: list[int],
+    text_before: int,
+    text_after: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    layout = BlockLayout(tuple(grid), tuple(tile), text_before, text_after)
+    indices, counts = sta_lists(layout, _unflatten_windows(windows, len(grid)), device)
+    # The compiler may reuse an output as scratch memory, so the cached plan is never handed out.
+    return indices.clone(), counts.clone()
+
+
+def _block_lists_fake(
+    grid: list[int],
+    tile: list[int],
+    windows: list[int],
+    text_before: int,
+    text_after: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    block_size = 1
+    num_tiles = 1
+    tiles_per_axis = []
+    for extent, side in zip(grid, tile, strict=True):
+        block_size *= side
+        tiles_per_axis.append((extent + side - 1) // side)
+        num_tiles *= tiles_per_axis[-1]
+    text_blocks = sum((t + block_size - 1) // block_size for t in (text_before, text_after))
+    num_blocks = num_tiles + text_blocks
+    per_head = _unflatten_windows(windows, len(grid))
+    if statically_known_true(text_blocks == 0):
+        width = _list_width(tiles_per_axis, per_head)
+    else:
+        width = num_blocks
+    indices = torch.empty(1, len(per_head), num_blocks, width, dtype=torch.int32, device=device)
+    counts = torch.empty(1, len(per_head), num_blocks, dtype=torch.int32, device=device)
+    return indices, counts
+
+
+def _list_width(tiles_per_axis: Sequence[Any], windows: Sequence[Window]) -> Any:
+    """Longest row over the heads; `sym_min` and `sym_max` keep symbolic grids free of guards."""
+    widest: Any = 0
+    for window in windows:
+        width: Any = 1
+        for num_tiles, nominal in zip(tiles_per_axis, window, strict=True):
+            width = width * torch.sym_min(2 * (nominal // 2) + 1, num_tiles)
+        widest = torch.sym_max(widest, width)
+    return widest
+
+
+def _sta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    grid: list[int],
+    tile: list[int],
+    windows: list[int],
+    text_before: int,
+    text_after: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    ops = torch.ops.compiled_sparse
+    block_indices, block_counts = ops.sta_block_lists(
+        grid, tile, windows, text_before, text_after, q.device
+    )
+    outputs: tuple[Tensor, Tensor] = ops.block_sparse_attention(
+        q,
+        k,
+        v,
+        block_indices,
+        block_counts,
+        key_mask,
+        grid,
+        tile,
+        tile,
+        text_before,
+        text_after,
+        scale,
+    )
+    return outputs
+
+
+LIBRARY.impl("sta_block_lists", _block_lists, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::sta_block_lists", _block_lists_fake, lib=LIBRARY)
+LIBRARY.impl("sta", _sta, "CompositeImplicitAutograd")
+register_autocast_like_sdpa("sta")

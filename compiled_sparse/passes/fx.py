@@ -1,0 +1,107 @@
+"""Small verbs on FX graphs shared by the passes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+_SELF = re.compile(r"^L\['[^']*'\]")
+_MODULES = re.compile(r"(?:\.__dict__)?\['_modules'\]|\._modules")
+_KEY = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
+_GETATTR = re.compile(r"getattr\((.*), '([^']*)'\)")
+
+CHECKPOINT_OPS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"})
+
+
+def example_value(node: fx.Node) -> Any:
+    """Return the fake value Dynamo recorded for a node, or None."""
+    return node.meta.get("example_value")
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return a node's tensor shape (integers or SymInts), or None if it is no tensor."""
+    value = example_value(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two sizes are provably equal; adds no guard."""
+    return bool(statically_known_true(left == right))
+
+
+def hint(size: Any) -> int:
+    """Return the example value of a size without adding a guard."""
+    if isinstance(size, torch.SymInt):
+        node_hint = size.node.hint
+        return int(node_hint) if node_hint is not None else -1
+    return int(size)
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the method's or function's plain name, e.g. `permute`."""
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module a node was called in, e.g. `blocks.0.attn1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    while match := _GETATTR.fullmatch(path):
+        path = f"{match[1]}.{match[2]}"
+    path = _MODULES.sub("", _SELF.sub("", path))
+    return _KEY.sub(r".\1", path).strip(".")
+
+
+def submodule_of(node: fx.Node, owner: fx.GraphModule) -> fx.GraphModule | None:
+    """Return the graph module a `get_attr` node fetches, or None if it fetches something else."""
+    if node.op != "get_attr":
+        return None
+    value: Any = owner
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value if isinstance(value, fx.GraphModule) else None
+
+
+def nested_graphs(owner: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
+    """Yield each `get_attr` node that fetches a graph module, and that module."""
+    for node in owner.graph.nodes:
+        submodule = submodule_of(node, owner)
+        if submodule is not None:
+            yield node, submodule
+
+
+def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph Dynamo handed out, nested graph modules included, ready to be edited.
+
+    Dynamo reads its own graph again after the backend returns, so it must stay untouched; the inner
+    compilers in turn need the attributes Dynamo left on placeholders and on the module.
+
+    Args:
+        owner: Dynamo's graph module; not modified.
+
+    Returns:
+        A module with the same parameters and an independent graph.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in owner.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            copies[node]._dynamo_source = node._dynamo_source
+    clone = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
+    clone.meta = dict(owner.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(owner, name):
+            setattr(clone, name, getattr(owner, name))
+    for node, submodule in nested_graphs(owner):
+        setattr(clone, str(node.target), clone_dynamo_graph(submodule))
+    return clone

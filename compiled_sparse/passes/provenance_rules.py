@@ -1,0 +1,503 @@
+"""How torch operations move tracks. Importing this module registers the rules.
+
+A rule may drop knowledge; it must never claim a correspondence the operation does not keep.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import op_name
+from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.provenance import Provenance
+from compiled_sparse.passes.provenance import TrackValue
+from compiled_sparse.passes.provenance import rule
+from compiled_sparse.passes.tracks import Track
+from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import constant_tracks
+from compiled_sparse.passes.tracks import has_video
+from compiled_sparse.passes.tracks import is_constant
+from compiled_sparse.passes.tracks import merge
+from compiled_sparse.passes.tracks import reshape_tracks
+from compiled_sparse.passes.tracks import slice_track
+from compiled_sparse.passes.tracks import stream
+from compiled_sparse.passes.tracks import video
+
+# fmt: off - one name per line would bury what belongs together
+_POINTWISE = (
+    "abs",
+    "add",
+    "addcdiv",
+    "addcmul",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "cos",
+    "div",
+    "elu",
+    "eq",
+    "erf",
+    "exp",
+    "ge",
+    "gelu",
+    "gt",
+    "hardswish",
+    "le",
+    "leaky_relu",
+    "lerp",
+    "log",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "lt",
+    "masked_fill",
+    "maximum",
+    "minimum",
+    "mish",
+    "mul",
+    "multiply",
+    "nan_to_num",
+    "ne",
+    "neg",
+    "polar",
+    "pow",
+    "reciprocal",
+    "relu",
+    "rsqrt",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "softplus",
+    "sqrt",
+    "square",
+    "sub",
+    "subtract",
+    "tan",
+    "tanh",
+    "true_divide",
+    "truediv",
+    "where",
+)
+_LIKE_FIRST = (
+    "alias",
+    "bfloat16",
+    "clone",
+    "contiguous",
+    "cpu",
+    "cuda",
+    "detach",
+    "double",
+    "dropout",
+    "float",
+    "float16",
+    "half",
+    "layer_norm",
+    "log_softmax",
+    "normalize",
+    "requires_grad_",
+    "rms_norm",
+    "softmax",
+    "to",
+    "type",
+    "type_as",
+)
+_WRITING_POINTWISE = (
+    "add_",
+    "sub_",
+    "mul_",
+    "div_",
+    "clamp_",
+    "exp_",
+    "neg_",
+    "masked_fill_",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+)
+_REDUCTIONS = (
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "norm",
+    "prod",
+)
+_CONSTANTS = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "linspace",
+    "new_empty",
+    "new_full",
+    "new_ones",
+    "new_zeros",
+    "ones",
+    "ones_like",
+    "zeros",
+    "zeros_like",
+    "tensor",
+)
+# fmt: on
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Read an argument that may be positional or named."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _operand(node: fx.Node) -> Any:
+    """The tensor an operation works on, by position or under its usual names."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _rank(node: fx.Node) -> int:
+    return len(shape_of(node) or ())
+
+
+def _replaced(tracks: Tracks, index: int, *new: Track) -> Tracks:
+    return (*tracks[:index], *new, *tracks[index + 1 :])
+
+
+@rule(*_POINTWISE)
+def _pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    if shape is None:
+        return None
+    operands = [n for n in node.all_input_nodes if shape_of(n) is not None]
+    return _broadcast(analysis, node, shape, operands)
+
+
+def _broadcast(
+    analysis: Provenance, node: fx.Node, shape: Sequence[Any], operands: Sequence[fx.Node]
+) -> Tracks:
+    result = list(constant_tracks(shape))
+    for operand in operands:
+        operand_shape = shape_of(operand) or ()
+        offset = len(shape) - len(operand_shape)
+        for i, track in enumerate(analysis.of(operand)):
+            # A size of one says nothing about the positions it is spread over.
+            if same(operand_shape[i], 1) and not same(shape[offset + i], 1):
+                continue
+            merged = merge(result[offset + i], track)
+            result[offset + i] = merged or stream(shape[offset + i], (node, offset + i))
+    return tuple(result)
+
+
+@rule(*_LIKE_FIRST)
+def _like_first(analysis: Provenance, node: fx.Node) -> TrackValue:
+    operand = _operand(node)
+    return analysis.of(operand) if isinstance(operand, fx.Node) else None
+
+
+@rule(*_WRITING_POINTWISE)
+def _writing_pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
+    target = _operand(node)
+    result = _pointwise(analysis, node)
+    if result != analysis.of(target):
+        analysis.lose(node)
+    return result
+
+
+@rule(*_CONSTANTS)
+def _constant(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    return None if shape is None else constant_tracks(shape)
+
+
+@rule("conv3d")
+def _patch_embedding(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    if shape is None or len(shape) != 5:
+        return None
+    analysis.num_video_sources += 1
+    grid = shape[2:]
+    axes = [video(node, (axis,), grid) for axis in range(3)]
+    batch = analysis.of(_operand(node))[0]
+    return (batch, stream(shape[1], (node, 1)), *axes)
+
+
+@rule("linear")
+def _linear(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    if shape is None:
+        return None
+    tracks = analysis.of(_operand(node))
+    return (*tracks[:-1], stream(shape[-1], (node, len(shape) - 1)))
+
+
+@rule("matmul", "mm", "bmm")
+def _matmul(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    weight = _argument(node, 1, "other", node.kwargs.get("mat2"))
+    if shape is None or not isinstance(weight, fx.Node) or _rank(weight) != 2:
+        return None
+    return _linear(analysis, node)
+
+
+@rule("scaled_dot_product_attention")
+def _attention(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    query = _argument(node, 0, "query")
+    if shape is None or not isinstance(query, fx.Node):
+        return None
+    return (*analysis.of(query)[:-1], stream(shape[-1], (node, len(shape) - 1)))
+
+
+@rule(*_REDUCTIONS)
+def _reduction(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape, operand = shape_of(node), _operand(node)
+    dims: Any = _argument(node, 1, "dim")
+    keeps_rank = shape is not None and isinstance(operand, fx.Node) and len(shape) == _rank(operand)
+    if not keeps_rank or dims is None:
+        return None
+    reduced = {dim % len(shape or ()) for dim in (dims if isinstance(dims, Sequence) else (dims,))}
+    tracks = analysis.of(operand)
+    return tuple(stream(1) if i in reduced else track for i, track in enumerate(tracks))
+
+
+@rule("permute", "transpose", "swapaxes", "swapdims", "t")
+def _permute(analysis: Provenance, node: fx.Node) -> TrackValue:
+    operand = _operand(node)
+    if not isinstance(operand, fx.Node):
+        return None
+    rank = _rank(operand)
+    order = list(range(rank))
+    name = op_name(node)
+    if name == "permute":
+        dims = _argument(node, 1, "dims")
+        given: Any = dims if isinstance(dims, Sequence) else node.args[1:]
+        order = [int(dim) % rank for dim in given]
+    elif name == "t":
+        order.reverse()
+    else:
+        first = _argument(node, 1, "dim0", node.kwargs.get("axis0"))
+        second = _argument(node, 2, "dim1", node.kwargs.get("axis1"))
+        order[first], order[second] = order[second % rank], order[first % rank]
+    tracks = analysis.of(operand)
+    return tuple(tracks[axis] for axis in order)
+
+
+@rule("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+def _reshape(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape, operand = shape_of(node), _operand(node)
+    if shape is None or not isinstance(operand, fx.Node):
+        return None
+    if op_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
+        return None
+    before = shape_of(operand)
+    return reshape_tracks(before or (), analysis.of(operand), shape, node)
+
+
+@rule("view_as_complex")
+def _view_as_complex(analysis: Provenance, node: fx.Node) -> TrackValue:
+    return analysis.of(_operand(node))[:-1]
+
+
+@rule("view_as_real")
+def _view_as_real(analysis: Provenance, node: fx.Node) -> TrackValue:
+    return (*analysis.of(_operand(node)), stream(2))
+
+
+@rule("expand", "expand_as", "broadcast_to", "repeat")
+def _expand(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape, operand = shape_of(node), _operand(node)
+    if shape is None or not isinstance(operand, fx.Node):
+        return None
+    before = shape_of(operand) or ()
+    tracks, offset = analysis.of(operand), len(shape) - len(before)
+    return tuple(
+        tracks[i - offset]
+        if i >= offset and same(before[i - offset], size)
+        else stream(size, (node, i))
+        for i, size in enumerate(shape)
+    )
+
+
+@rule("cat", "concat", "concatenate")
+def _concatenate(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    operands = _argument(node, 0, "tensors")
+    if shape is None or not all(isinstance(n, fx.Node) for n in operands):
+        return None
+    dim = _argument(node, 1, "dim", node.kwargs.get("axis", 0)) % len(shape)
+    result: Tracks | None = None
+    joined: list[Any] = []
+    for operand in operands:
+        tracks = analysis.of(operand)
+        joined.extend(tracks[dim])
+        others = _replaced(tracks, dim, stream(shape[dim]))
+        result = others if result is None else _merge_all(node, shape, result, others)
+    return None if result is None else _replaced(result, dim, tuple(joined))
+
+
+def _merge_all(node: fx.Node, shape: Sequence[Any], left: Tracks, right: Tracks) -> Tracks:
+    merged = [merge(a, b) for a, b in zip(left, right, strict=True)]
+    return tuple(m or stream(shape[i], (node, i)) for i, m in enumerate(merged))
+
+
+@rule("stack")
+def _stack(analysis: Provenance, node: fx.Node) -> TrackValue:
+    shape = shape_of(node)
+    operands = _argument(node, 0, "tensors")
+    if shape is None:
+        return None
+    dim = _argument(node, 1, "dim", 0) % len(shape)
+    inner = [size for i, size in enumerate(shape) if i != dim]
+    tracks = _broadcast(analysis, node, inner, operands)
+    return (*tracks[:dim], stream(shape[dim], (node, dim)), *tracks[dim:])
+
+
+@rule("chunk", "split", "tensor_split", "split_with_sizes", "unbind")
+def _split(analysis: Provenance, node: fx.Node) -> TrackValue:
+    outputs, operand = example_value(node), _operand(node)
+    if not isinstance(operand, fx.Node) or not isinstance(outputs, tuple | list):
+        return None
+    unbind = op_name(node) == "unbind"
+    dim = _argument(node, 1 if unbind else 2, "dim", 0) % _rank(operand)
+    tracks = analysis.of(operand)
+    start: Any = 0
+    result = []
+    for i, output in enumerate(outputs):
+        if unbind:
+            result.append(_replaced(tracks, dim))
+            continue
+        size = output.shape[dim]
+        whole = slice_track(tracks[dim], start, start + size)
+        piece = whole or _piece(tracks[dim], size, (node, i))
+        result.append(_replaced(tracks, dim, piece))
+        start = start + size
+    return result
+
+
+def _piece(track: Track, size: Any, origin: Any) -> Track:
+    return stream(size) if is_constant(track) else stream(size, origin)
+
+
+@rule("getitem", "__getitem__")
+def _getitem(analysis: Provenance, node: fx.Node) -> TrackValue:
+    source: Any = node.args[0]
+    index: Any = node.args[1]
+    if not isinstance(source, fx.Node):
+        return None
+    if analysis.is_tuple(source):
+        return analysis.outputs_of(source, index) if isinstance(index, int) else None
+    items = _index_items(index, _rank(source))
+    return None if items is None else _index_tracks(analysis, node, source, items)
+
+
+def _index_items(index: Any, rank: int) -> list[Any] | None:
+    """Expand an index to one item per dimension (plus None for new ones); None if it gathers."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    plain = (item is None or item is Ellipsis or isinstance(item, int | slice) for item in items)
+    if not all(plain) or any(isinstance(item, bool) for item in items):
+        return None
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    missing = [slice(None)] * (rank - used)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        return items[:at] + missing + items[at + 1 :]
+    return items + missing
+
+
+def _index_tracks(analysis: Provenance, node: fx.Node, source: fx.Node, items: list[Any]) -> Tracks:
+    tracks, shape = analysis.of(source), shape_of(source) or ()
+    new_shape = shape_of(node) or ()
+    result: list[Track] = []
+    dim = 0
+    for item in items:
+        if item is None:
+            result.append(stream(1))
+            continue
+        if isinstance(item, slice):
+            size = new_shape[len(result)]
+            kept = _slice(tracks[dim], shape[dim], item)
+            result.append(kept or _piece(tracks[dim], size, (node, len(result))))
+        dim += 1
+    return tuple(result)
+
+
+def _slice(track: Track, size: Any, item: slice) -> Track | None:
+    if item.step not in (None, 1):
+        return None
+    start = _position(item.start, size, 0)
+    stop = _position(item.stop, size, size)
+    return None if start is None or stop is None else slice_track(track, start, stop)
+
+
+def _position(value: Any, size: Any, default: Any) -> Any:
+    """Resolve a slice bound; bounds that are graph nodes are read from their example value."""
+    if isinstance(value, fx.Node):
+        value = example_value(value)
+        if value is None:
+            return None
+    if value is None or (isinstance(value, int) and value == sys.maxsize):
+        return default
+    if isinstance(value, int):
+        return value + size if value < 0 else value
+    negative = value.node.expr.could_extract_minus_sign()
+    return value + size if negative else value
+
+
+@rule("setitem")
+def _setitem(analysis: Provenance, node: fx.Node) -> TrackValue:
+    target, index, value = node.args
+    assert isinstance(target, fx.Node)
+    old, shape = analysis.of(target), shape_of(target) or ()
+    items = _index_items(index, len(shape))
+    written = _without_spread_dims(analysis, value)
+    new = None if items is None else _written_tracks(node, old, shape, items, written)
+    tracked = any(has_video(track) for track in old)
+    if new is not None:
+        analysis.set(target, new)
+    elif tracked or not all(is_constant(track) for track in old):
+        analysis.lose(node)
+    else:
+        analysis.set(target, analysis.fresh(target))
+    return None
+
+
+def _without_spread_dims(analysis: Provenance, value: Any) -> Tracks:
+    """Tracks of a written value; sizes of one are spread over positions and prove nothing."""
+    if not isinstance(value, fx.Node) or shape_of(value) is None:
+        return ()
+    sizes = shape_of(value) or ()
+    tracks = analysis.of(value)
+    return tuple(stream(1) if same(s, 1) else t for s, t in zip(sizes, tracks, strict=True))
+
+
+def _written_tracks(
+    node: fx.Node, old: Tracks, shape: Sequence[Any], items: list[Any], written: Tracks
+) -> Tracks | None:
+    """Tracks of a tensor after a write, or None if the write cannot be followed.
+
+    What is written must agree, index by index, with what the tensor already holds.
+    """
+    kept_dims = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
+    if None in items or len(written) > len(kept_dims):
+        return None
+    result = list(old)
+    for offset, dim in enumerate(reversed(kept_dims[len(kept_dims) - len(written) :])):
+        track = written[len(written) - 1 - offset]
+        whole = _slice(old[dim], shape[dim], items[dim]) == old[dim]
+        if not whole:
+            track = stream(shape[dim], (node, dim))
+        if is_constant(old[dim]) or old[dim] == track:
+            result[dim] = track if not is_constant(track) else old[dim]
+        elif has_video(old[dim]) or has_video(track):
+            return None
+        else:
+            result[dim] = merge(old[dim], track) or stream(shape[dim], (node, dim))
+    return tuple(result)

@@ -1,0 +1,133 @@
+"""Every attention call of a graph, with what is known about its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.operator_schemas import normalize_function
+
+from compiled_sparse.passes import provenance_rules as _rules  # noqa: F401 - registers the rules
+from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import module_path
+from compiled_sparse.passes.fx import nested_graphs
+from compiled_sparse.passes.fx import op_name
+from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.provenance import Provenance
+from compiled_sparse.passes.provenance import Visit
+from compiled_sparse.passes.tracks import Track
+
+SDPA = F.scaled_dot_product_attention
+OTHER_ATTENTION = frozenset({"flex_attention", "multi_head_attention_forward"})
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of `scaled_dot_product_attention`.
+
+    Args:
+        node: The call.
+        owner: Graph module whose graph holds it.
+        depth: 0 in the outermost graph, more inside nested ones.
+        path: Dotted path of the module that made the call.
+        arguments: All arguments by name, as nodes or values.
+        query_track: What the query positions are.
+        key_track: What the key positions are.
+        value_track: What the value positions are.
+        graph_has_video: Whether a patch embedding stands in front of the call.
+        lost_at: The write that ended the analysis before this call, if one did.
+    """
+
+    node: fx.Node
+    owner: fx.GraphModule
+    depth: int
+    path: str
+    arguments: dict[str, Any]
+    query_track: Track
+    key_track: Track
+    value_track: Track
+    graph_has_video: bool
+    lost_at: fx.Node | None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the fake tensor of argument `query`, `key`, `value` or `attn_mask`."""
+        value = example_value(self.arguments[name])
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    @property
+    def is_self_length(self) -> bool:
+        """Whether queries and keys are provably equally many."""
+        return same(self.tensor("query").shape[-2], self.tensor("key").shape[-2])
+
+
+@dataclass(frozen=True)
+class OtherAttention:
+    """An attention call this package does not rewrite, such as `flex_attention`."""
+
+    path: str
+    name: str
+
+
+def find_sites(owner: fx.GraphModule) -> tuple[list[Site], list[OtherAttention]]:
+    """Find all attention calls, nested graphs included, in execution order.
+
+    Args:
+        owner: Graph module as Dynamo hands it out, or its clone.
+
+    Returns:
+        The calls of `scaled_dot_product_attention`, and the other attention calls.
+    """
+    sites: list[Site] = []
+    others: list[OtherAttention] = []
+    entered = {id(owner)}
+    for visit in Provenance(owner).run():
+        entered.add(id(visit.owner))
+        _collect(visit, sites, others)
+    for graph in _unentered(owner, entered):
+        for visit in Provenance(graph, depth=1).run():
+            _collect(visit, sites, others)
+    return sites, others
+
+
+def _collect(visit: Visit, sites: list[Site], others: list[OtherAttention]) -> None:
+    if visit.node.op != "call_function":
+        return
+    if visit.node.target is SDPA:
+        sites.append(_site(visit))
+    elif op_name(visit.node) in OTHER_ATTENTION:
+        others.append(OtherAttention(module_path(visit.node), op_name(visit.node)))
+
+
+def _unentered(owner: fx.GraphModule, entered: set[int]) -> list[fx.GraphModule]:
+    """Nested graphs the walk did not enter (branches, loops): their inputs are unknown."""
+    found = []
+    for _, submodule in nested_graphs(owner):
+        if id(submodule) not in entered:
+            entered.add(id(submodule))
+            found.append(submodule)
+        found += _unentered(submodule, entered)
+    return found
+
+
+def _site(visit: Visit) -> Site:
+    node, analysis = visit.node, visit.analysis
+    normalized = normalize_function(SDPA, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
+    assert normalized is not None
+    arguments = dict(normalized.kwargs)
+    query, key, value = (analysis.of(arguments[name]) for name in ("query", "key", "value"))
+    return Site(
+        node=node,
+        owner=visit.owner,
+        depth=visit.depth,
+        path=module_path(node),
+        arguments=arguments,
+        query_track=query[-2],
+        key_track=key[-2],
+        value_track=value[-2],
+        graph_has_video=analysis.num_video_sources > 0,
+        lost_at=analysis.lost_at,
+    )

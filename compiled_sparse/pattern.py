@@ -1,0 +1,44 @@
+"""Sliding tile attention as integers: windows, visible pairs, density. No tensors."""
+
+from __future__ import annotations
+
+import math
+
+from compiled_sparse.config import Window
+from compiled_sparse.layout import BlockLayout
+
+
+def effective_width(num_tiles: int, nominal: int) -> int:
+    """Tiles really covered by a nominal window of `nominal` tiles on an axis of `num_tiles`."""
+    return min(2 * (nominal // 2) + 1, num_tiles)
+
+
+def window_start(num_tiles: int, nominal: int, tile: int) -> int:
+    """First tile of the window of query tile `tile`, shifted inwards at the borders."""
+    last_start = num_tiles - effective_width(num_tiles, nominal)
+    return min(max(tile - nominal // 2, 0), last_start)
+
+
+def sta_pairs(layout: BlockLayout, window: Window) -> int:
+    """Count the (query, key) token pairs one head attends to, text included."""
+    text = layout.text_before + layout.text_after
+    axes = zip(layout.grid, layout.tile, window, strict=True)
+    video = math.prod(_axis_token_pairs(extent, side, k) for extent, side, k in axes)
+    return video + layout.num_video_tokens * text + text * layout.num_tokens
+
+
+def sta_density(layout: BlockLayout, windows: tuple[Window, ...]) -> float:
+    """Fraction of (query, key) token pairs attended, averaged over the heads' windows."""
+    pairs = sum(sta_pairs(layout, window) for window in windows)
+    return pairs / (len(windows) * layout.num_tokens**2)
+
+
+def _axis_token_pairs(extent: int, side: int, nominal: int) -> int:
+    num_tiles = -(-extent // side)
+    sizes = [min(side, extent - tile * side) for tile in range(num_tiles)]
+    width = effective_width(num_tiles, nominal)
+    pairs = 0
+    for tile, size in enumerate(sizes):
+        start = window_start(num_tiles, nominal, tile)
+        pairs += size * sum(sizes[start : start + width])
+    return pairs

@@ -1,0 +1,34 @@
+"""Why an attention call stayed dense: stable codes, each with its meaning and what to do.
+
+Reports, logs, tests and docs use these codes; a code never changes its meaning.
+"""
+
+from __future__ import annotations
+
+REASONS: dict[str, str] = {
+    "cross_attention": "Keys are other tokens than the queries (text, image). Nothing to do.",
+    "not_video": "Self-attention over tokens that are not from the patch embedding, such as text. "
+    "Nothing to do.",
+    "policy_dense": "The policy says dense here, or has no rule for this module.",
+    "no_gain": "Automatic mode predicts no speed-up on this grid. Name a mechanism to force it.",
+    "too_short": "Automatic mode leaves short sequences dense. Name a mechanism to force it.",
+    "layout_unknown": "The token grid is not proven. Pass cs.metadata(grid_thw=(T, H, W)).",
+    "partial_grid": "Attention along some grid axes only, spatial or temporal. Already small.",
+    "several_grids": "More than one video in one sequence. Not supported.",
+    "layout_dynamic": "Dynamic shapes inside activation checkpointing, or two text lengths that "
+    "both vary. Compile with dynamic=False.",
+    "axes_mismatch": "The config is for another number of grid axes. Pass matching windows.",
+    "heads_mismatch": "One window per head was given, for another number of heads.",
+    "mask_unsupported": "The attention mask is not provably a key-padding mask.",
+    "dropout": "Dropout inside attention. Set the attention dropout to 0.",
+    "causal": "Causal attention. The mechanism is bidirectional.",
+    "dtype_unsupported": "The dtype has no kernel. Use float32, bfloat16, float16 or float64.",
+    "head_dim_unsupported": "The head size has no kernel.",
+    "device_unsupported": "No kernel for this device in this release. CPU only, for now.",
+    "rank_unsupported": "Attention tensors are not [batch, heads, length, head_dim].",
+    "other_attention": "Not scaled_dot_product_attention (flex_attention, "
+    "multi_head_attention_forward). Left alone.",
+}
+
+EXPECTED_DENSE = frozenset({"cross_attention", "not_video", "policy_dense", "other_attention"})
+"""Reasons that are no disappointment: a named mechanism was not meant for such calls."""

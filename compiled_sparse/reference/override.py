@@ -1,0 +1,77 @@
+"""Run an unmodified model eagerly with its video self-attention replaced by the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.layout import Text
+from compiled_sparse.reference.attention import attention
+
+
+class override(TorchFunctionMode):  # noqa: N801 - used like a function: with override(...)
+    """Replace every self-attention over a given layout by the dense masked reference.
+
+    Calls to `scaled_dot_product_attention` whose queries and keys are both as long as the layout
+    run `reference.attention`; all other calls are left alone. For eager code: to see what a
+    compiled sparse model should have computed.
+
+    Args:
+        config: The mechanism.
+        grid_thw: Token grid of the video.
+        text: Text tokens around the video.
+    """
+
+    def __init__(
+        self, config: MechanismConfig, *, grid_thw: tuple[int, ...], text: Text | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.grid_thw = grid_thw
+        self.text = text or Text()
+        self.num_replaced = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Intercept attention calls; see the class."""
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        call = _bind(*args, **kwargs)
+        if not self._applies(call["query"], call["key"]):
+            return func(*args, **kwargs)
+        self.num_replaced += 1
+        mask = call["attn_mask"]
+        return attention(
+            call["query"],
+            call["key"],
+            call["value"],
+            self.config,
+            grid_thw=self.grid_thw,
+            text=self.text,
+            key_mask=None if mask is None else mask[:, 0, 0].expand(call["key"].shape[0], -1),
+            scale=call["scale"],
+        )
+
+    def _applies(self, query: Tensor, key: Tensor) -> bool:
+        length = torch.Size(self.grid_thw).numel() + self.text.before + self.text.after
+        return query.shape[-2] == key.shape[-2] == length
+
+
+def _bind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> dict[str, Any]:
+    return dict(locals())

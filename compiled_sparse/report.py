@@ -1,0 +1,194 @@
+"""What was done to each attention call, as data: logs, `explain`, tests and docs read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from compiled_sparse.reasons import REASONS
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One attention call and what became of it.
+
+    Args:
+        path: Dotted module path, empty outside any module.
+        kind: "self", "cross", "joint" or "other".
+        decision: "sparse" or "dense".
+        mechanism: Spec string of the chosen config, empty for dense calls.
+        reason: Code from `compiled_sparse.reasons`, empty for sparse calls.
+        detail: What was seen, in words.
+        query_shape: [batch, heads, length, head_dim] at compile time.
+        key_shape: The same for the keys.
+        dtype: Name of the queries' dtype.
+        grid_thw: Token grid, where one is known.
+        text_before: Text tokens in front of the video.
+        text_after: Text tokens behind it.
+        layout_origin: "graph" or "metadata", where a layout is known.
+        dynamic: Whether a size of the layout is symbolic; the numbers are then examples.
+        density: Fraction of (query, key) pairs attended, counted; 1.0 for dense calls.
+        predicted_gain: Predicted speed-up of this call over dense attention; 1.0 for dense calls.
+    """
+
+    path: str
+    kind: str
+    decision: str
+    mechanism: str = ""
+    reason: str = ""
+    detail: str = ""
+    query_shape: tuple[int, ...] = ()
+    key_shape: tuple[int, ...] = ()
+    dtype: str = ""
+    grid_thw: tuple[int, ...] | None = None
+    text_before: int = 0
+    text_after: int = 0
+    layout_origin: str = ""
+    dynamic: bool = False
+    density: float = 1.0
+    predicted_gain: float = 1.0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the call was rewritten."""
+        return self.decision == "sparse"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All attention calls of a model, in execution order.
+
+    Args:
+        sites: One decision per call.
+        num_graphs: Number of graphs the model was compiled into; more than one means graph breaks.
+    """
+
+    sites: tuple[Decision, ...]
+    num_graphs: int = 1
+
+    @property
+    def num_sparse(self) -> int:
+        """Number of rewritten calls."""
+        return sum(site.is_sparse for site in self.sites)
+
+    def summary(self) -> str:
+        """Return one line: how many calls became sparse, how dense they are, why others did not."""
+        sparse = [site for site in self.sites if site.is_sparse]
+        parts = [f"{len(sparse)} of {len(self.sites)} attention calls sparse"]
+        if sparse:
+            density = sum(site.density for site in sparse) / len(sparse)
+            parts.append(f"density {density:.3f}")
+        reasons = _counts(site.reason for site in self.sites if site.reason)
+        parts += [f"{count} {reason}" for reason, count in reasons.items()]
+        if self.num_graphs != 1:
+            parts.append(f"{self.num_graphs} graphs")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values, with a version."""
+        sites = [dataclasses.asdict(site) for site in self.sites]
+        return {"version": REPORT_VERSION, "num_graphs": self.num_graphs, "sites": sites}
+
+    def to_json(self) -> str:
+        """Return the report as a JSON document."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one mapping from column title to text per group of like calls.
+
+        Calls that differ only in a number of their path share a row: `blocks.{0-29}.attn1`.
+        """
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for site in self.sites:
+            groups.setdefault((_template(site.path), *_cells(site).values()), []).append(site.path)
+        return [_row(key, paths) for key, paths in groups.items()]
+
+    def __str__(self) -> str:
+        """Return a plain-text table with the summary and the meaning of each reason."""
+        rows = self.rows()
+        lines = [self.summary()]
+        if rows:
+            titles = list(rows[0])
+            widths = {t: max(len(t), *(len(row[t]) for row in rows)) for t in titles}
+            lines.append("  ".join(title.ljust(widths[title]) for title in titles).rstrip())
+            lines += ["  ".join(row[t].ljust(widths[t]) for t in titles).rstrip() for row in rows]
+        seen = _counts(site.reason for site in self.sites if site.reason)
+        lines += [f"{reason}: {REASONS[reason]}" for reason in seen]
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
+        """Render as a rich table; used by `rich.print(report)` where rich is installed."""
+        from rich.table import Table
+
+        table = Table(title=self.summary(), title_justify="left")
+        rows = self.rows()
+        for title in rows[0] if rows else ():
+            table.add_column(title)
+        for row in rows:
+            table.add_row(*row.values(), style="green" if row["decision"] == "sparse" else "dim")
+        yield table
+        for reason in _counts(site.reason for site in self.sites if site.reason):
+            yield f"[bold]{reason}[/bold]: {REASONS[reason]}"
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _template(path: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in path.split("."))
+
+
+def _cells(site: Decision) -> dict[str, str]:
+    grid = "x".join(map(str, site.grid_thw)) if site.grid_thw else "-"
+    text = f"{site.text_before}+{site.text_after}" if site.text_before + site.text_after else "-"
+    lengths = f"{_length(site.query_shape)}/{_length(site.key_shape)}"
+    return {
+        "kind": site.kind,
+        "heads": str(site.query_shape[1]) if len(site.query_shape) == 4 else "-",
+        "q/k length": lengths + ("*" if site.dynamic else ""),
+        "grid": grid,
+        "text": text,
+        "decision": site.decision,
+        "mechanism": site.mechanism or "-",
+        "density": f"{site.density:.3f}",
+        "gain": f"{site.predicted_gain:.1f}x" if site.is_sparse else "-",
+        "reason": site.reason + (f" ({site.detail})" if site.detail else ""),
+    }
+
+
+def _length(shape: tuple[int, ...]) -> str:
+    return str(shape[-2]) if len(shape) > 1 else "-"
+
+
+def _row(key: tuple[str, ...], paths: list[str]) -> dict[str, str]:
+    titles = _cells(Decision(path="", kind="", decision=""))
+    return {"site": _join_paths(paths), **dict(zip(titles, key[1:], strict=True))}
+
+
+def _join_paths(paths: list[str]) -> str:
+    parts = [path.split(".") for path in paths]
+    joined = [_join_numbers(column) for column in zip(*parts, strict=True)]
+    count = f" ({len(paths)} calls)" if len(paths) > 1 else ""
+    return (".".join(joined) or "(no module)") + count
+
+
+def _join_numbers(column: tuple[str, ...]) -> str:
+    if not all(part.isdigit() for part in column) or len(set(column)) == 1:
+        return column[0]
+    numbers = sorted({int(part) for part in column})
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}-{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+ReportSink = Callable[[Report], None]
