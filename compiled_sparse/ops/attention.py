@@ -14,6 +14,7 @@ from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import MissingGridError
+from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
 from compiled_sparse.ops.sta import flatten_windows
 
@@ -78,8 +79,10 @@ def attention(
 
     Raises:
         MissingGridError: if the mechanism needs a grid and none was given.
-        ConfigError: if the mechanism cannot run on its own (`Auto`), or `return_lse` is not
-            available.
+        ConfigError: if the mechanism cannot run on its own (`Auto`), its windows are not one per
+            query head, or `return_lse` is not available.
+        LayoutError: if the grid has another number of axes than the config.
+        ShapeError: if queries and keys are not equally long, so that this is no self-attention.
         CompiledSparseError: whatever the mechanism's op raises for wrong shapes and dtypes.
     """
     if isinstance(config, Dense):
@@ -100,6 +103,7 @@ def attention(
         )
     text = text or Text()
     tile = config.resolve_tile(tuple(grid_thw))
+    _check_self_attention(q, k, config)
     out, lse = torch.ops.compiled_sparse.sta(
         q,
         k,
@@ -113,6 +117,20 @@ def attention(
         scale,
     )
     return (out, lse) if return_lse else out
+
+
+def _check_self_attention(q: Tensor, k: Tensor, config: STA) -> None:
+    """Check what the op cannot tell from lists alone; tensors of a wrong rank are left to it."""
+    if q.dim() != 4 or k.dim() != 4:
+        return
+    config.check_heads(q.shape[1])
+    if q.shape[2] != k.shape[2]:
+        raise ShapeError(
+            f"{config.name} needs queries and keys of one sequence",
+            got=f"{q.shape[2]} queries, {k.shape[2]} keys",
+            expected="equal lengths",
+            next_step="leave cross-attention dense, or call block_sparse_attention",
+        )
 
 
 def _dense(

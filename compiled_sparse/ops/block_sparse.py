@@ -139,7 +139,7 @@ def _forward_cpu(
     text_after: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    check_tensors(q, k, v, key_mask)
+    check_tensors(q, k, v, key_mask, (block_indices, block_counts))
     check_shapes(q, k, v, key_mask)
     q_layout, kv_layout = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
     check_lists(block_indices, block_counts, q, q_layout, kv_layout)
@@ -204,7 +204,7 @@ def _no_cuda(*args: Any) -> NoReturn:
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    check_tensors(q, k, v, rest[0])
+    check_tensors(q, k, v, rest[0], (block_indices, block_counts))
     lse = q.new_empty(q.shape[:-1], dtype=_lse_dtype(q.dtype))
     return empty_like_blhd(q), lse
 

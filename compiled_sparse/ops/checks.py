@@ -18,8 +18,17 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 512
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, block_lists: tuple[Tensor, Tensor]
+) -> None:
     """Check ranks, dtypes and devices: valid for fake tensors too, adds no guard.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        key_mask: Key mask, if any.
+        block_lists: Indices and counts.
 
     Raises:
         ShapeError: if a tensor has the wrong rank.
@@ -48,13 +57,13 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> N
             expected="torch.bool, True where the key is attended",
             next_step="pass key_mask=(mask != 0) or compare with your padding value",
         )
-    devices = {t.device for t in (q, k, v, key_mask) if t is not None}
+    devices = {t.device for t in (q, k, v, key_mask, *block_lists) if t is not None}
     if len(devices) > 1:
         raise DeviceError(
             "tensors are on different devices",
             got=", ".join(sorted(str(device) for device in devices)),
-            expected="q, k, v and key_mask on one device",
-            next_step="move them to q.device",
+            expected="q, k, v, key_mask and block lists on one device",
+            next_step=f"move them to {q.device}",
         )
 
 

@@ -9,9 +9,11 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from compiled_sparse.config import Window
+from compiled_sparse.layout import MAX_GRID_AXES
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.pattern import effective_width
 
@@ -46,14 +48,18 @@ def _text_runs(start: int, count: int, block_size: int) -> Tensor:
 
 def _tiles(layout: BlockLayout) -> Tensor:
     tokens = torch.arange(layout.num_video_tokens).view(layout.grid)
-    for axis, (extent, side) in enumerate(zip(layout.grid, layout.tile, strict=True)):
-        missing = torch.full_like(tokens.narrow(axis, 0, 1), PADDING)
-        tokens = torch.cat([tokens] + [missing] * (-extent % side), dim=axis)
-    split: list[int] = []
-    for count, side in zip(layout.tiles_per_axis, layout.tile, strict=True):
-        split += [count, side]
-    axes = [*range(0, len(split), 2), *range(1, len(split), 2)]
-    blocks = tokens.view(split).permute(axes).reshape(layout.num_video_blocks, layout.block_size)
+    # F.pad counts from the last axis and pads each at both ends.
+    missing = [-extent % side for extent, side in zip(layout.grid, layout.tile, strict=True)]
+    tokens = F.pad(tokens, [n for m in reversed(missing) for n in (0, m)], value=PADDING)
+    leading = (1,) * (MAX_GRID_AXES - tokens.dim())
+    tt, th, tw = (*leading, *layout.tile)
+    blocks = rearrange(
+        tokens.view(*leading, *tokens.shape),
+        "(nt tt) (nh th) (nw tw) -> (nt nh nw) (tt th tw)",
+        tt=tt,
+        th=th,
+        tw=tw,
+    )
     order = (blocks < 0).to(torch.int8).argsort(dim=1, stable=True)
     return blocks.gather(1, order)
 

@@ -1,0 +1,211 @@
+"""Block-sparse attention on the CPU: compiled kernels, or plain torch without a compiler.
+
+The environment variable COMPILED_SPARSE_CPU_KERNEL chooses: `native` (C++, compiled on first use),
+`portable` (torch operations); unset means native where it compiles, else portable.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Final
+from typing import NamedTuple
+
+from torch import Tensor
+
+from compiled_sparse.errors import CompiledSparseError
+from compiled_sparse.ops.cpu import native
+from compiled_sparse.ops.cpu import portable
+from compiled_sparse.ops.cpu.build import NativeBuildError
+from compiled_sparse.ops.cpu.build import native_library
+
+__all__ = [
+    "KERNEL_VARIABLE",
+    "NativeBuildError",
+    "UnknownKernelError",
+    "block_sparse_backward",
+    "block_sparse_forward",
+    "describe",
+]
+
+KERNEL_VARIABLE: Final = "COMPILED_SPARSE_CPU_KERNEL"
+
+_logger = logging.getLogger("compiled_sparse.cpu")
+_lock = threading.Lock()
+
+
+class UnknownKernelError(CompiledSparseError, ValueError):
+    """COMPILED_SPARSE_CPU_KERNEL names no kernel."""
+
+
+class _Kernel(NamedTuple):
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+_NATIVE: Final = _Kernel("native", native.block_sparse_forward, native.block_sparse_backward)
+_PORTABLE: Final = _Kernel(
+    "portable", portable.block_sparse_forward, portable.block_sparse_backward
+)
+
+
+def block_sparse_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    q_tokens: Tensor,
+    kv_tokens: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend from every query block to its listed key blocks.
+
+    Arithmetic is float32 (float64 for float64 inputs). A query without a visible key gives zeros
+    and a log-sum-exp of -inf; values at masked keys never matter, even NaN.
+
+    Args:
+        q: [B, Hq, Lq, D] of any strides; float32, float64, bfloat16 or float16.
+        k: [B, Hk, Lk, D] of q's dtype; Hq is a multiple of Hk.
+        v: like `k`.
+        block_indices: int32 [B or 1, Hq or 1, Nq, K], key blocks of each query block without
+            repetition.
+        block_counts: int32 [B or 1, Hq or 1, Nq], how many leading entries of a row are valid.
+        key_mask: bool [B, Lk], True where a key is attended, or None.
+        q_tokens: contiguous int32 [Nq, Eq], the token in each slot of each query block, -1 in
+            unused slots, which come last.
+        kv_tokens: contiguous int32 [Nk, Ek], the same for keys.
+        scale: Softmax scale.
+
+    Returns:
+        The output [B, Hq, Lq, D] of q's dtype over [B, Lq, Hq, D] memory, and the natural
+        log-sum-exp of the scaled scores [B, Hq, Lq], float32 (float64 for float64 inputs).
+
+    Raises:
+        NativeBuildError: if the native kernels are demanded and do not compile.
+        UnknownKernelError: if COMPILED_SPARSE_CPU_KERNEL names no kernel.
+        BlockListError: if the native kernels meet a list or map that is out of range.
+    """
+    return _kernel().forward(
+        q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale
+    )
+
+
+def block_sparse_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    q_tokens: Tensor,
+    kv_tokens: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `block_sparse_forward` for fixed lists.
+
+    Deterministic for a given number of threads.
+
+    Args:
+        grad_out: [B, Hq, Lq, D] of q's dtype, any strides.
+        grad_lse: [B, Hq, Lq] or None for zero.
+        q: As in the forward, like all arguments not described here.
+        k: See `q`.
+        v: See `q`.
+        out: The output of the forward.
+        lse: The log-sum-exp of the forward.
+        block_indices: See `q`.
+        block_counts: See `q`.
+        key_mask: See `q`.
+        q_tokens: See `q`.
+        kv_tokens: See `q`.
+        scale: See `q`.
+
+    Returns:
+        The gradients of q, k and v, shaped and typed like them, each over memory with heads next
+        to the last dimension.
+
+    Raises:
+        NativeBuildError: as in the forward.
+        UnknownKernelError: as in the forward.
+        BlockListError: as in the forward.
+    """
+    return _kernel().backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        block_indices,
+        block_counts,
+        key_mask,
+        q_tokens,
+        kv_tokens,
+        scale,
+    )
+
+
+def describe() -> dict[str, str]:
+    """Say which kernel is in use, compiling it where that has not happened yet.
+
+    Returns:
+        `kernel`, the name; for the native kernel also `compiler`, `flags`, `vector` and `library`.
+
+    Raises:
+        NativeBuildError: if the native kernels are demanded and do not compile.
+        UnknownKernelError: if COMPILED_SPARSE_CPU_KERNEL names no kernel.
+    """
+    kernel = _kernel()
+    if kernel is _PORTABLE:
+        return {"kernel": kernel.name}
+    library = native_library()
+    return {
+        "kernel": kernel.name,
+        "compiler": library.compiler,
+        "flags": " ".join(library.flags),
+        "vector": f"{library.vector_bits} bits",
+        "library": str(library.path),
+    }
+
+
+def _kernel() -> _Kernel:
+    with _lock:
+        return _select(os.environ.get(KERNEL_VARIABLE) or None)
+
+
+@functools.cache
+def _select(name: str | None) -> _Kernel:
+    """Return the kernel called `name`, or the best one here; cached, so that it warns once."""
+    if name == _PORTABLE.name:
+        return _PORTABLE
+    if name not in (None, _NATIVE.name):
+        raise UnknownKernelError(
+            f"{KERNEL_VARIABLE} names no kernel",
+            got=repr(name),
+            expected=f"{_NATIVE.name!r}, {_PORTABLE.name!r}, or unset for the best that works",
+            next_step=f"correct or unset {KERNEL_VARIABLE}",
+        )
+    try:
+        native_library()
+    except NativeBuildError as error:
+        if name is not None:
+            raise
+        _logger.warning(
+            "attention runs on the slower portable kernel: %s\nTo silence this, set %s=%s.",
+            error,
+            KERNEL_VARIABLE,
+            _PORTABLE.name,
+        )
+        return _PORTABLE
+    return _NATIVE

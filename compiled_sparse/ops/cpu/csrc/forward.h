@@ -1,0 +1,160 @@
+// Forward: online softmax over the listed key blocks, in base 2, keys by queries.
+#pragma once
+
+#include <omp.h>
+
+#include <cmath>
+
+#include "gemm.h"
+#include "layout.h"
+#include "pack.h"
+#include "pipeline.h"
+#include "transpose.h"
+
+namespace block_sparse {
+
+// What one thread keeps for the queries at work; minor dimension of matrices: the query.
+template <class T>
+struct ForwardScratch {
+    T* rows;    // [query][dim] on the way in and out
+    T* q;       // [dim][query]
+    T* scores;  // [key][query]
+    T* out;     // [dim][query]
+    T* top;     // [query] largest score so far
+    T* sum;     // [query] sum of 2^(score - top)
+    T* decay;   // [query] 2^(previous top - top)
+
+    ForwardScratch(Carver<T>& carver, int64_t dim) {
+        constexpr int64_t stride = kQueryStride<T>;
+        rows = carver.take(kMaxQueries * dim_stride<T>(dim));
+        q = carver.take(round_up(dim, kLanes<T>) * stride);
+        scores = carver.take((kMaxKeys + kTileRows) * stride);
+        out = carver.take(round_up(dim, kLanes<T>) * stride);
+        top = carver.take(stride);
+        sum = carver.take(stride);
+        decay = carver.take(stride);
+    }
+};
+
+// The softmax step of C vectors of queries; scores become probabilities.
+template <class T, int C>
+inline void softmax_columns(T* scores, int keys, T* top, T* sum, T* decay) {
+    constexpr int W = kLanes<T>;
+    constexpr int64_t stride = kQueryStride<T>;
+    Vec<T> high[C], total[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) high[c] = load(top + c * W);
+    for (int key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const Vec<T> s = load(scores + key * stride + c * W);
+            high[c] = s > high[c] ? s : high[c];
+        }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+        const Vec<T> fade = exp2<T>(load(top + c * W) - high[c]);
+        total[c] = load(sum + c * W) * fade;
+        store(decay + c * W, fade);
+        store(top + c * W, high[c]);
+    }
+    for (int key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            T* s = scores + key * stride + c * W;
+            const Vec<T> p = exp2<T>(load(s) - high[c]);
+            total[c] += p;
+            store(s, p);
+        }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(sum + c * W, total[c]);
+}
+
+template <class T>
+inline void softmax_step(const ForwardScratch<T>& w, int keys, int queries) {
+    constexpr int W = kLanes<T>;
+    int i = 0;
+    for (; i + 4 * W <= round_up(queries, W); i += 4 * W)
+        softmax_columns<T, 4>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
+    for (; i < queries; i += W)
+        softmax_columns<T, 1>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
+}
+
+// Attention of the queries of `part` in one head; leaves w.out and w.sum, w.top.
+template <class T>
+inline bool attend(const PackedHead<T>& head, const List& list, int dim, int queries,
+                   const ForwardScratch<T>& w) {
+    constexpr int64_t stride = kQueryStride<T>;
+    const int64_t ldd = dim_stride<T>(dim);
+    std::fill(w.top, w.top + stride, -std::numeric_limits<T>::infinity());
+    std::fill(w.sum, w.sum + stride, T(0));
+    Start start = Start::kZero;
+    for_each_chunk(list, *head.rows, [&](const Chunk& chunk, const Chunk& next) {
+        const int64_t at = chunk.row * ldd, then = next.row * ldd, ahead = next.count * ldd;
+        gemm<T, Layout::kRows>({head.k + at, ldd, w.q, stride, w.scores, stride, nullptr},
+                               chunk.count, queries, dim, Start::kZero, {head.k + then, ahead});
+        softmax_step(w, chunk.count, queries);
+        gemm<T, Layout::kColumns>({head.v + at, ldd, w.scores, stride, w.out, stride, w.decay},
+                                  dim, queries, chunk.count, start, {head.v + then, ahead});
+        start = Start::kScale;
+    });
+    return start == Start::kScale;
+}
+
+template <class T>
+inline void forward_item(const Problem& p, const PackedHead<T>& head, int64_t batch,
+                         int64_t q_head, const QueryPart& part, const ForwardScratch<T>& w) {
+    constexpr int64_t stride = kQueryStride<T>;
+    const int dim = static_cast<int>(p.dim);
+    const int64_t ldd = dim_stride<T>(dim);
+    const Head q = head_of(p.q, p.dtype, batch, q_head);
+    const Head out = head_of(p.out, p.dtype, batch, q_head);
+    T* lse = static_cast<T*>(p.lse) + (batch * p.q_heads + q_head) * p.q_len;
+
+    gather_queries(q, part, dim, T(p.scale) * kLog2E<T>, w.rows);
+    transpose(w.rows, ldd, w.q, stride, part.count, dim);
+    const List list = list_of(p, batch, q_head, part.block);
+    if (attend(head, list, dim, part.count, w)) {
+        transpose(w.out, stride, w.rows, ldd, dim, part.count);
+    } else {
+        std::fill(w.rows, w.rows + part.count * ldd, T(0));
+        std::fill(w.sum, w.sum + part.count, T(1));
+    }
+    for (int i = 0; i < part.count; ++i) {
+        const int32_t token = part.tokens[i];
+        lse[token] = (w.top[i] + std::log2(w.sum[i])) * kLn2<T>;
+        write_row(out, token, w.rows + i * ldd, dim, T(1) / w.sum[i]);
+    }
+}
+
+// Heads packed at a time: more than one, where they are small, keeps threads from waiting.
+template <class T>
+inline int64_t packed_slots(const Problem& p) {
+    constexpr int64_t most_bytes = 10 << 20;
+    const int64_t bytes = 2 * packed_elements<T>(p) * static_cast<int64_t>(sizeof(T));
+    return std::max<int64_t>(1, std::min(p.batch * p.kv_heads, most_bytes / bytes));
+}
+
+template <class T>
+void forward(const Problem& p) {
+    const std::vector<QueryPart> parts = query_parts(p);
+    const auto part_count = static_cast<int64_t>(parts.size());
+    const int64_t group = p.q_heads / p.kv_heads, slots = packed_slots<T>(p);
+    const PackedHeads<T> packed(p, slots);
+    const ThreadScratch<T, ForwardScratch<T>> scratch(p);
+    Pipeline pipeline(p.batch * p.kv_heads, packed.tasks(), group * part_count, slots);
+#pragma omp parallel num_threads(p.threads)
+    {
+        const ForwardScratch<T> w = scratch.at(omp_get_thread_num());
+        const auto pack = [&](int64_t head, int64_t task) {
+            packed.pack(head, head % slots, task);
+        };
+        const auto attend = [&](int64_t head, int64_t item) {
+            const int64_t q_head = head % p.kv_heads * group + item / part_count;
+            forward_item(p, packed.at(head, head % slots), head / p.kv_heads, q_head,
+                         parts[item % part_count], w);
+        };
+        pipeline.run(pack, attend);
+    }
+}
+
+}  // namespace block_sparse
