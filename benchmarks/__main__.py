@@ -1,0 +1,63 @@
+"""Run benchmark suites and record the results.
+
+python -m benchmarks [kernel sta model overhead] [--rounds 7] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import kernel
+from benchmarks import model
+from benchmarks import overhead
+from benchmarks import sta
+from benchmarks.timing import environment
+
+SUITES = {"kernel": kernel.run, "sta": sta.run, "model": model.run, "overhead": overhead.run}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Parse the command line, run the suites, print and store the records."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="default: all")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds per case")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"environment": environment(), "suites": {}}
+    for name in arguments.suites or SUITES:
+        record["suites"][name] = SUITES[name](arguments.rounds)
+        for result in record["suites"][name]:
+            print(f"{name}: {result['case']}")
+            print(_indented(result), flush=True)
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {arguments.output}")
+
+
+def _indented(result: dict[str, Any]) -> str:
+    lines = []
+    for key, value in result.items():
+        if key == "case":
+            continue
+        text = _numbers(value) if isinstance(value, dict) else _number(value)
+        lines.append(f"    {key}: {text}")
+    return "\n".join(lines)
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    parts = []
+    for name, value in values.items():
+        text = f"({_numbers(value)})" if isinstance(value, dict) else _number(value)
+        parts.append(f"{name} {text}")
+    return ", ".join(parts)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

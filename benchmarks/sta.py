@@ -1,0 +1,103 @@
+"""Sliding tile attention over a video grid, beside dense SDPA and flex_attention.
+
+Bound: dense work times density. All heads and batch entries share one list.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention
+
+import compiled_sparse as cs
+from benchmarks.timing import interleaved_medians
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.pattern import sta_density
+from compiled_sparse.reference.attention import token_mask
+
+HEADS = 4
+CASES = (
+    # grid, tile, window: a grid the tile divides, one it does not, and the default tile
+    ((8, 30, 32), (4, 5, 4), (1, 3, 3)),
+    ((9, 28, 31), (4, 5, 4), (3, 3, 3)),
+    ((12, 24, 32), (6, 8, 8), (1, 1, 3)),
+)
+
+
+def _flex(grid: tuple[int, ...], config: cs.STA) -> Any:
+    length = math.prod(grid)
+    mask = token_mask(config, slice(None), length, length, grid, cs.Text())[0, 0]
+    block_mask = create_block_mask(
+        lambda _b, _h, query, key: mask[query, key], None, None, length, length, device="cpu"
+    )
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+
+
+def measure(
+    grid: tuple[int, ...],
+    tile: tuple[int, ...],
+    window: tuple[int, ...],
+    head_dim: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Measure forward and backward of one grid."""
+    config = cs.STA(window_thw=window, tile_thw=tile)
+    length = BlockLayout(grid, tile).num_tokens
+    density = sta_density(BlockLayout(grid, tile), config.windows)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, HEADS, length, head_dim, generator=generator) for _ in range(3))
+    flex = _flex(grid, config)
+    with torch.no_grad():
+        seconds = interleaved_medians(
+            {
+                "dense": lambda: F.scaled_dot_product_attention(q, k, v),
+                "flex_attention": lambda: flex(q, k, v),
+                "compiled_sparse": lambda: cs.attention(q, k, v, config, grid_thw=grid),
+            },
+            rounds,
+        )
+    seconds_backward = _backward(q, k, v, config, grid, rounds)
+    name = f"grid {'x'.join(map(str, grid))} {config.describe()} D{head_dim}"
+    return {
+        "case": name,
+        "density": density,
+        "limit": 1 / density,
+        "forward": _ratios(seconds, density),
+        "backward": _ratios(seconds_backward, density),
+    }
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, config: cs.STA, grid: tuple[int, ...], rounds: int
+) -> dict[str, float]:
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    dense = F.scaled_dot_product_attention(*leaves)
+    sparse = cs.attention(leaves[0], leaves[1], leaves[2], config, grid_thw=grid)
+    grad = torch.randn_like(dense)
+    return interleaved_medians(
+        {
+            "dense": lambda: torch.autograd.grad(dense, leaves, grad, retain_graph=True),
+            "compiled_sparse": lambda: torch.autograd.grad(sparse, leaves, grad, retain_graph=True),
+        },
+        rounds,
+    )
+
+
+def _ratios(seconds: dict[str, float], density: float) -> dict[str, Any]:
+    speed_up = {name: seconds["dense"] / value for name, value in seconds.items()}
+    return {
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "speed_up_over_dense": speed_up,
+        "fraction_of_limit": {name: value * density for name, value in speed_up.items()},
+    }
+
+
+def run(rounds: int) -> list[dict[str, Any]]:
+    """Measure all grids of the sliding tile suite."""
+    return [measure(*case, head_dim, rounds) for case in CASES for head_dim in (64, 128)]

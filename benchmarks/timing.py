@@ -1,0 +1,64 @@
+"""Interleaved timing and the facts that belong beside a figure."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved_medians(
+    functions: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
+    """Time functions in turns, so that a noisy moment hits all of them.
+
+    Args:
+        functions: What to time, by name; each is called once before timing.
+        rounds: How often each is timed.
+
+    Returns:
+        Median seconds by name.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the versions a result was measured with."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "vector_extensions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return result.stdout.strip() or "unknown"
