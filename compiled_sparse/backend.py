@@ -74,12 +74,15 @@ class _Dispatcher:
         self._pristine = graph_module
         self._settings = settings
         self._lock = threading.RLock()
+        self._has_attention = False
         layout = current_layout()
         rewritten = self._rewrite(layout)
-        first = _compile(rewritten, example_inputs, settings)
-        self._variants: dict[LayoutMetadata | None, Compiled] = {layout: first}
+        self._first = _compile(rewritten, example_inputs, settings)
+        self._variants: dict[LayoutMetadata | None, Compiled] = {layout: self._first}
 
     def as_callable(self) -> Compiled:
+        if not self._has_attention:
+            return self._first
         variants, build = self._variants, self._build
 
         def run(*inputs: Any) -> Any:
@@ -92,6 +95,7 @@ class _Dispatcher:
     def _rewrite(self, layout: LayoutMetadata | None) -> fx.GraphModule:
         rewritten = clone_dynamo_graph(self._pristine)
         decisions = SparseAttentionPass(self._settings.policy, layout)(rewritten)
+        self._has_attention = bool(decisions)
         _announce(decisions, self._settings)
         return rewritten
 

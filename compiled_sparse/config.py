@@ -16,6 +16,7 @@ from typing import cast
 
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ConfigFormatError
+from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import UnknownMechanismError
 from compiled_sparse.layout import auto_tile
 
@@ -95,7 +96,7 @@ class STA(MechanismConfig):
 
     Args:
         window_thw: Window in tiles per axis, (T, H, W) for video, (H, W) for images; or one such
-            triple per query head.
+            triple per query head. On one axis a plain integer will do, as for `tile_thw`.
         tile_thw: Tokens per axis of a tile, or "auto" for the compact tile with least padding on
             the grid at hand. Grids need not be divisible by it.
 
@@ -110,8 +111,8 @@ class STA(MechanismConfig):
     tile_thw: tuple[int, ...] | Literal["auto"] = (6, 8, 8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window_thw", _as_tuples(self.window_thw))
-        object.__setattr__(self, "tile_thw", _as_tuples(self.tile_thw))
+        object.__setattr__(self, "window_thw", _as_extents(self.window_thw))
+        object.__setattr__(self, "tile_thw", _as_extents(self.tile_thw))
         windows = self.windows
         _require_extents("STA.window_thw", windows, self.window_thw)
         if len({len(window) for window in windows}) != 1:
@@ -135,10 +136,9 @@ class STA(MechanismConfig):
     @property
     def windows(self) -> tuple[Window, ...]:
         """The windows: one for all heads, or one per query head."""
-        first = self.window_thw[0] if self.window_thw else 0
-        if isinstance(first, tuple):
-            return cast("tuple[Window, ...]", self.window_thw)
-        return (cast("Window", self.window_thw),)
+        given: Any = self.window_thw
+        per_head = isinstance(given, tuple) and given and isinstance(given[0], tuple)
+        return cast("tuple[Window, ...]", given if per_head else (given,))
 
     @property
     def num_axes(self) -> int:
@@ -146,8 +146,33 @@ class STA(MechanismConfig):
         return len(self.windows[0])
 
     def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tile used on `grid`: `tile_thw`, or the automatic choice."""
+        """Return the tile used on `grid`: `tile_thw`, or the automatic choice.
+
+        Raises:
+            LayoutError: if the grid has another number of axes than the config.
+        """
+        if len(grid) != self.num_axes:
+            raise LayoutError(
+                "the grid and the config have different numbers of axes",
+                got=f"grid {grid}, window_thw={self.window_thw}",
+                expected=f"a grid of {self.num_axes} axes",
+                next_step=f"pass a window and a tile with {len(grid)} sides",
+            )
         return auto_tile(grid) if self.tile_thw == "auto" else self.tile_thw
+
+    def check_heads(self, heads: int) -> None:
+        """Check that there is one window for all query heads, or one for each.
+
+        Raises:
+            ConfigError: if there is not.
+        """
+        if len(self.windows) not in (1, heads):
+            raise ConfigError(
+                "STA.window_thw does not have one window per query head",
+                got=f"{len(self.windows)} windows for {heads} heads",
+                expected=f"1 or {heads} windows",
+                next_step="pass one window for all heads, or one per query head",
+            )
 
 
 def known_mechanisms() -> tuple[str, ...]:
@@ -253,6 +278,10 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return document
 
 
+def _as_extents(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else _as_tuples(value)
+
+
 def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -282,10 +311,11 @@ def _spec_value(value: Any) -> str:
 
 def _parse_spec_value(text: str) -> Any:
     if "/" in text:
-        return tuple(_parse_spec_value(part) for part in text.split("/"))
-    parts = text.split("x")
-    if len(parts) > 1 and all(part.isdigit() for part in parts):
-        return tuple(int(part) for part in parts)
+        parts = [_parse_spec_value(part) for part in text.split("/")]
+        return tuple(part if isinstance(part, tuple) else (part,) for part in parts)
+    sides = text.split("x")
+    if len(sides) > 1 and all(side.isdigit() for side in sides):
+        return tuple(int(side) for side in sides)
     for kind in (int, float):
         try:
             return kind(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,11 @@ from compiled_sparse.policy import as_policy
 from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
 
+# Each call has a backend of its own and would use up the model's recompile limit, shared with the
+# user's own torch.compile. Releases before torch 2.13 may not be able to keep them apart.
+_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+_ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
+
 
 def explain(
     model: Callable[..., Any], *args: Any, policy: PolicyLike = None, **kwargs: Any
@@ -30,7 +36,7 @@ def explain(
     graphs' outputs.
 
     Args:
-        model: Module or function, not yet compiled.
+        model: Module or function, compiled or not.
         *args: Example inputs for the call to explain.
         policy: As in `options={"policy": ...}`; None for automatic.
         **kwargs: Further example inputs.
@@ -50,8 +56,15 @@ def explain(
         outputs = _output_values(graph)
         return lambda *_: [_zeros(value) for value in outputs]
 
-    torch.compile(model, backend=analyse)(*args, **kwargs)
+    torch.compile(_plain(model), backend=analyse, **_ISOLATED)(*args, **kwargs)
     return Report(tuple(decisions), max(num_graphs, 1))
+
+
+def _plain(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `torch.compile(model)` or `model.compile()` was made from."""
+    original: Callable[..., Any] = getattr(model, "_orig_mod", model)
+    is_compiled = getattr(original, "_compiled_call_impl", None) is not None
+    return getattr(original, "_call_impl", original) if is_compiled else original
 
 
 def _output_values(graph: fx.GraphModule) -> list[Any]:

@@ -163,10 +163,12 @@ def _is_positive(value: object) -> bool:
 def auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     """Choose the tile that wastes the fewest slots on `grid`.
 
-    Among tiles of 128 to 512 tokens (smaller grids: any tile) whose longest side is at most three
-    times the shortest, the least padding wins, then the volume nearest 384, then the most
-    cube-like shape, then the smallest sides: a fixed order, so the same grid always gives the
-    same tile.
+    Among tiles of 128 to 512 tokens whose longest side is at most three times the shortest, the
+    least padding wins, then the volume nearest 384, then the most cube-like shape, then the
+    smallest sides: a fixed order, so the same grid always gives the same tile. A side counts only
+    if no shorter one needs as few tiles, and with two or three axes only up to 32. A grid of fewer
+    tokens is one tile; where a grid is too narrow for all this, a long tile is taken, then a small
+    one.
 
     Args:
         grid: Tokens per axis, one to three axes.

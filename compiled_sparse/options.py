@@ -78,7 +78,7 @@ def _mode_patches(mode: str | None) -> dict[str, Any]:
         raise UnknownOptionError(
             "unknown mode",
             got=repr(mode),
-            expected="one of default, " + ", ".join(known),
+            expected="one of " + ", ".join(known),
             next_step="pass one of these, or inductor's own options",
         )
     return dict(known[mode])

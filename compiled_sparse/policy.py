@@ -34,22 +34,24 @@ class Policy:
             string. A call no rule matches stays dense.
 
     Raises:
-        ConfigError: if there is no rule, or a rule stands behind the catch-all `*`.
+        ConfigError: if there is no rule, or one that can never be reached: behind the catch-all
+            `*`, or with a glob that was there before.
     """
 
     rules: tuple[tuple[str, MechanismConfig], ...]
 
     def __init__(self, rules: Mapping[str, Any] | tuple[tuple[str, Any], ...]) -> None:
-        pairs = rules.items() if isinstance(rules, Mapping) else rules
+        pairs = _as_pairs(rules)
         resolved = tuple((str(glob), _as_config(value)) for glob, value in pairs)
         object.__setattr__(self, "rules", resolved)
         globs = [glob for glob, _ in resolved]
-        if not globs or (CATCH_ALL in globs and globs[-1] != CATCH_ALL):
+        repeated = len(set(globs)) != len(globs)
+        if not globs or repeated or (CATCH_ALL in globs and globs[-1] != CATCH_ALL):
             raise ConfigError(
                 "policy rules are empty or can never be reached",
                 got=repr(globs),
-                expected='at least one rule, and "*" last: the first match wins',
-                next_step='put the rule "*" at the end',
+                expected='at least one rule, each glob once, "*" last: the first match wins',
+                next_step='remove repeated globs and put the rule "*" at the end',
             )
 
     def match(self, path: str) -> tuple[str, MechanismConfig] | None:
@@ -73,12 +75,13 @@ class Policy:
         """
         document = parse_json_object(text)
         check_version(document)
-        rules = document.get("policy", {}).get("rules")
-        if not isinstance(rules, dict):
+        policy = document.get("policy")
+        rules = policy.get("rules") if isinstance(policy, dict) else None
+        if not isinstance(rules, dict) or not all(isinstance(r, dict) for r in rules.values()):
             raise ConfigFormatError(
                 "JSON document holds no policy",
                 got=f"keys {sorted(document)}",
-                expected='{"version": 1, "policy": {"rules": {...}}}',
+                expected='{"version": 1, "policy": {"rules": {"<glob>": {...}}}}',
                 next_step="write the file again with Policy.to_json()",
             )
         return Policy({glob: MechanismConfig.from_dict(rule) for glob, rule in rules.items()})
@@ -123,6 +126,20 @@ def _read(path: Path) -> str:
             expected="a readable JSON file written by Policy.to_json()",
             next_step="check the path",
         ) from None
+
+
+def _as_pairs(rules: Any) -> tuple[tuple[Any, Any], ...]:
+    if isinstance(rules, Mapping):
+        return tuple(rules.items())
+    is_sequence = isinstance(rules, list | tuple)
+    if not is_sequence or not all(isinstance(p, list | tuple) and len(p) == 2 for p in rules):
+        raise ConfigError(
+            "policy rules are not a mapping",
+            got=repr(rules),
+            expected="a mapping, or pairs, from globs to configs or spec strings",
+            next_step='write Policy({"*": "sta"})',
+        )
+    return tuple(rules)
 
 
 def _as_config(value: Any) -> MechanismConfig:

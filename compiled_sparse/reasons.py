@@ -26,6 +26,8 @@ REASONS: dict[str, str] = {
     "head_dim_unsupported": "The head size has no kernel.",
     "device_unsupported": "No kernel for this device in this release. CPU only, for now.",
     "rank_unsupported": "Attention tensors are not [batch, heads, length, head_dim].",
+    "broadcast_unsupported": "Keys or values are broadcast over the batch or over query heads. "
+    "Expand them, or repeat the heads.",
     "other_attention": "Not scaled_dot_product_attention (flex_attention, "
     "multi_head_attention_forward). Left alone.",
 }

@@ -1,7 +1,8 @@
 """Sliding tile attention as an op: static block lists over the kernel op.
 
-`compiled_sparse::sta` is composite: tracing turns it into one list op (shared by every layer of a
-graph) and one kernel op. Method: arXiv 2502.04507; backward, text and partial tiles added here.
+`compiled_sparse::sta` is composite: tracing turns it into one list op and one kernel op. Lists are
+built once per layout and copied for each call. Method: arXiv 2502.04507; backward, text and partial
+tiles added here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from compiled_sparse.config import Window
 from compiled_sparse.layout import BlockLayout
@@ -72,7 +73,8 @@ def _block_lists_fake(
     text_blocks = sum((t + block_size - 1) // block_size for t in (text_before, text_after))
     num_blocks = num_tiles + text_blocks
     per_head = _unflatten_windows(windows, len(grid))
-    if statically_known_true(text_blocks == 0):
+    # Lists are narrower without text, so a symbolic text that may vanish takes a guard.
+    if guard_or_false(text_before + text_after == 0):
         width = _list_width(tiles_per_axis, per_head)
     else:
         width = num_blocks

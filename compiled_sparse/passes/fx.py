@@ -29,9 +29,22 @@ def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def storage_of(node: fx.Node) -> set[int]:
+    """Return the identities of the memory behind a node's tensors; views share their base's."""
+    value = example_value(node)
+    tensors = value if isinstance(value, tuple | list) else (value,)
+    dense = (t for t in tensors if isinstance(t, torch.Tensor) and t.layout is torch.strided)
+    return {tensor.untyped_storage()._cdata for tensor in dense}
+
+
 def same(left: Any, right: Any) -> bool:
     """Whether two sizes are provably equal; adds no guard."""
     return bool(statically_known_true(left == right))
+
+
+def size_key(size: Any) -> Any:
+    """Return something hashable that is equal for equal sizes."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def hint(size: Any) -> int:

@@ -75,22 +75,22 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
     length = site.tensor("query").shape[-2]
     if not site.is_self_length:
         return Refusal("cross_attention", "queries and keys differ in length")
+    if site.graph_has_video and site.query_from_video != site.key_from_video:
+        return Refusal("cross_attention", "keys are not the queries' tokens")
+    if site.graph_has_video and not site.query_from_video:
+        return Refusal("not_video", "its tokens do not come from the patch embedding")
     if not shares_provenance(*tracks):
-        return _different_tokens(tracks)
+        return Refusal(
+            "layout_unknown", "queries, keys and values are not provably the same tokens"
+        )
     if given is not None and bool(length == given.num_tokens):
         text = given.text
         return SiteLayout(given.grid_thw, text.before, text.after, origin="metadata")
     if has_video(site.query_track):
         return _layout_of_track(site.query_track)
     if site.graph_has_video:
-        return Refusal("not_video", "its tokens do not come from the patch embedding")
+        return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
     return Refusal("layout_unknown", _advice(length, given))
-
-
-def _different_tokens(tracks: tuple[Track, Track, Track]) -> Refusal:
-    if has_video(tracks[0]) != has_video(tracks[1]):
-        return Refusal("cross_attention", "keys are not the queries' tokens")
-    return Refusal("layout_unknown", "queries, keys and values are not provably the same tokens")
 
 
 def _advice(length: Any, given: LayoutMetadata | None) -> str:
@@ -133,7 +133,8 @@ def can_be_dynamic(site: Site, layout: SiteLayout) -> bool:
     lengths one may vary, as the rest of the sequence.
     """
     varying = [t for t in (layout.text_before, layout.text_after) if not isinstance(t, int)]
-    return site.depth == 0 and layout.source is not None and len(varying) <= 1
+    is_here = layout.source is not None and layout.source.graph is site.node.graph
+    return is_here and len(varying) <= 1
 
 
 def specialized(layout: SiteLayout) -> SiteLayout:

@@ -7,30 +7,46 @@ it: every attention call after it is unknown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch._ops import OpOverloadPacket
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import op_name
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import constant_tracks
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
+from compiled_sparse.passes.tracks import track_size
 
 TrackValue = Any  # Tracks of a tensor, a list of TrackValues for a tuple, or None
 Rule = Callable[["Provenance", fx.Node], TrackValue]
 
 RULES: dict[str, Rule] = {}
 
-_TRUSTED_MODULES = ("torch", "_operator", "operator")
+_TORCH_MODULES = ("torch", "_operator", "operator")
+_OPERATIONS = OpOverload | OpOverloadPacket
+_IN_PLACE_NAME = re.compile(r".*[^_]_|__(?:i[a-z]+|setitem)__")
+_STATE_NAME = re.compile(r"\b_(?:parameters|buffers)(?:'\])?\[")
+_WRITING_NAMES = frozenset({"triton_kernel_wrapper_mutation"})
+_WRITING_OPERATORS = frozenset(
+    {"setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"}
+    | {"imatmul", "iand", "ior", "ixor", "ilshift", "irshift", "iconcat"}
+)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -51,13 +67,11 @@ class Visit:
     Args:
         node: The node.
         owner: The graph module whose graph holds it.
-        depth: 0 in the outermost graph.
         analysis: The analysis of that graph, at this moment.
     """
 
     node: fx.Node
     owner: fx.GraphModule
-    depth: int
     analysis: Provenance
 
 
@@ -66,31 +80,34 @@ class Provenance:
 
     Args:
         owner: Graph module as Dynamo hands it out.
-        seeds: Tracks of the placeholders, for a nested graph.
-        depth: Nesting depth of the graph.
+        outer: For a nested graph, the analysis of the graph around it.
+        arguments: For a nested graph, what the outer graph passes to its placeholders.
     """
 
     def __init__(
-        self, owner: fx.GraphModule, seeds: list[TrackValue] | None = None, depth: int = 0
+        self, owner: fx.GraphModule, outer: Provenance | None = None, arguments: Sequence[Any] = ()
     ) -> None:
         self.owner = owner
-        self.depth = depth
-        self.lost_at: fx.Node | None = None
-        self.num_video_sources = 0
+        self.lost_at: fx.Node | None = None if outer is None else outer.lost_at
+        self.num_video_sources: int = 0 if outer is None else outer.num_video_sources
         self.outputs: TrackValue = None
-        self._seeds = list(seeds or [])
+        self._outer = outer
+        self._arguments = list(arguments)
         self._values: dict[fx.Node, TrackValue] = {}
+        self._from_video: set[fx.Node] = set()
 
     def run(self) -> Iterator[Visit]:
         """Walk the graph, yielding each node before its own rule is applied."""
         for node in self.owner.graph.nodes:
-            yield Visit(node, self.owner, self.depth, self)
+            yield Visit(node, self.owner, self)
             if node.op == "output":
                 self.outputs = self._outputs(node.args[0])
             elif node.op == "call_function" and op_name(node) in CHECKPOINT_OPS:
                 yield from self._enter(node)
             else:
-                self._values[node] = self._visit(node)
+                self._values[node] = self._fitting(node, self._visit(node))
+            if any(self.is_from_video(argument) for argument in node.all_input_nodes):
+                self._from_video.add(node)
 
     def of(self, node: Any) -> Tracks:
         """Return the tracks of a tensor node; unknown ones are new streams."""
@@ -113,9 +130,31 @@ class Provenance:
         shape = shape_of(node) if isinstance(node, fx.Node) else None
         return tuple(stream(size, (node, i)) for i, size in enumerate(shape or ()))
 
-    def set(self, node: fx.Node, tracks: Tracks) -> None:
-        """Replace the tracks of a node that was written to."""
-        self._values[node] = tracks
+    def start_video(self, node: fx.Node) -> None:
+        """Note that `node` is a patch embedding."""
+        self.num_video_sources += 1
+        self._from_video.add(node)
+
+    def is_from_video(self, node: Any) -> bool:
+        """Whether a node was computed from a patch embedding, however its tokens were moved."""
+        return node in self._from_video
+
+    def overwrite(self, node: fx.Node, target: fx.Node, tracks: Tracks) -> None:
+        """Replace the tracks of a tensor that `node` wrote to.
+
+        What was known of other views of the same memory no longer holds; views that held nothing
+        are unknown from now on, anything else ends the analysis.
+        """
+        aliases = [other for other in self._values if _share_memory(other, target)]
+        if self.is_from_video(node) or any(map(self.is_from_video, node.all_input_nodes)):
+            self._from_video.update([target, *aliases])
+        if tracks == self.of(target):
+            return
+        for other in aliases:
+            if not self._is_constant(other):
+                self.lose(node)
+            self._values[other] = None if self.is_tuple(other) else self.fresh(other)
+        self._values[target] = tracks
 
     def lose(self, node: fx.Node) -> None:
         """Give up: `node` wrote something that cannot be followed."""
@@ -138,32 +177,50 @@ class Provenance:
         return None
 
     def _notice_writes(self, node: fx.Node) -> None:
-        name = op_name(node)
-        schema = getattr(node.target, "_schema", None)
-        writes = name.endswith("_") and not name.endswith("__")
-        if writes or "out" in node.kwargs or (schema is not None and schema.is_mutable):
+        """An op without a rule that writes ends the analysis, unless only constants are written."""
+        if _may_write(node) and not self._only_constants(node):
             self.lose(node)
 
+    def _fitting(self, node: fx.Node, value: TrackValue) -> TrackValue:
+        """Drop tracks that do not add up to the node's shape, whatever rule they came from."""
+        if not isinstance(value, tuple):
+            return value
+        shape = shape_of(node) or ()
+        if len(value) != len(shape):
+            return None
+        return tuple(
+            track if same(track_size(track), size) else stream(size, (node, i))
+            for i, (track, size) in enumerate(zip(value, shape, strict=True))
+        )
+
     def _placeholder(self, node: fx.Node) -> TrackValue:
-        if self._seeds:
-            return self._seeds.pop(0)
+        if self._outer is not None and self._arguments:
+            argument = self._arguments.pop(0)
+            if self._outer.is_from_video(argument):
+                self._from_video.add(node)
+            return self._outer.of(argument) if isinstance(argument, fx.Node) else None
         shape = shape_of(node)
         if shape is None:
             return None
         return constant_tracks(shape) if _is_state(node) else self.fresh(node)
 
     def _only_constants(self, node: fx.Node) -> bool:
-        inputs = [n for n in node.all_input_nodes if shape_of(n) is not None]
-        return all(is_constant(track) for n in inputs for track in self.of(n))
+        return all(self._is_constant(argument) for argument in node.all_input_nodes)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether nothing in a node's value is evidence; sizes and modules never are."""
+        value = self._values.get(node)
+        if isinstance(value, list):
+            return all(v is not None and all(map(is_constant, v)) for v in value)
+        if self.is_tuple(node):
+            return False
+        return shape_of(node) is None or all(map(is_constant, self.of(node)))
 
     def _enter(self, node: fx.Node) -> Iterator[Visit]:
         submodule = submodule_of(node.args[0], self.owner) if node.args else None  # type: ignore[arg-type]
         if submodule is None:
             return
-        seeds = [self._values.get(arg) for arg in node.args[1:]]  # type: ignore[arg-type]
-        inner = Provenance(submodule, seeds, self.depth + 1)
-        inner.lost_at = self.lost_at
-        inner.num_video_sources = self.num_video_sources
+        inner = Provenance(submodule, self, node.args[1:])
         yield from inner.run()
         self.lost_at = inner.lost_at
         self.num_video_sources = inner.num_video_sources
@@ -175,12 +232,46 @@ class Provenance:
         return self._values.get(result) if isinstance(result, fx.Node) else None
 
 
-def _is_trusted(node: fx.Node) -> bool:
-    """A user's function may share a torch function's name; only torch's own have rules."""
-    if node.op == "call_method":
+def _may_write(node: fx.Node) -> bool:
+    name = op_name(node)
+    if "out" in node.kwargs or name in _WRITING_NAMES or _has_mutable_schema(node.target):
         return True
-    module = getattr(node.target, "__module__", None) or type(node.target).__module__
-    return str(module).split(".")[0] in _TRUSTED_MODULES
+    if _module_of(node) in ("_operator", "operator"):
+        return name in _WRITING_OPERATORS
+    if not _is_torch(node) and not isinstance(node.target, _OPERATIONS | BuiltinFunctionType):
+        return True
+    return _IN_PLACE_NAME.fullmatch(name) is not None
+
+
+def _has_mutable_schema(target: Any) -> bool:
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def _module_of(node: fx.Node) -> str:
+    return str(getattr(node.target, "__module__", None) or type(node.target).__module__)
+
+
+def _is_torch(node: fx.Node) -> bool:
+    return node.op == "call_method" or _module_of(node).split(".")[0] in _TORCH_MODULES
+
+
+def _is_trusted(node: fx.Node) -> bool:
+    """Whether a name means what it means in torch.
+
+    A user's function or custom op may share a torch function's name. A result written to `out=`
+    needs no rule: the write ends the analysis.
+    """
+    if "out" in node.kwargs:
+        return False
+    if isinstance(node.target, _OPERATIONS):
+        return _module_of(node).split(".")[:3] == ["torch", "_ops", "aten"]
+    return _is_torch(node)
+
+
+def _share_memory(left: fx.Node, right: fx.Node) -> bool:
+    return left is not right and not storage_of(left).isdisjoint(storage_of(right))
 
 
 def _is_state(node: fx.Node) -> bool:
@@ -189,4 +280,4 @@ def _is_state(node: fx.Node) -> bool:
         return True
     source = getattr(node, "_dynamo_source", None)
     name = "" if source is None else str(getattr(source, "name", ""))
-    return "_parameters" in name or "_buffers" in name
+    return _STATE_NAME.search(name) is not None

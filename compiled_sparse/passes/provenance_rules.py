@@ -16,13 +16,18 @@ from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.op_names import CONSTANTS
+from compiled_sparse.passes.op_names import LIKE_FIRST
+from compiled_sparse.passes.op_names import POINTWISE
+from compiled_sparse.passes.op_names import REDUCTIONS
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import TrackValue
 from compiled_sparse.passes.provenance import rule
+from compiled_sparse.passes.tracks import Part
+from compiled_sparse.passes.tracks import StreamPart
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import constant_tracks
-from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import merge
 from compiled_sparse.passes.tracks import reshape_tracks
@@ -30,135 +35,13 @@ from compiled_sparse.passes.tracks import slice_track
 from compiled_sparse.passes.tracks import stream
 from compiled_sparse.passes.tracks import video
 
-# fmt: off - one name per line would bury what belongs together
-_POINTWISE = (
-    "abs",
-    "add",
-    "addcdiv",
-    "addcmul",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "cos",
-    "div",
-    "elu",
-    "eq",
-    "erf",
-    "exp",
-    "ge",
-    "gelu",
-    "gt",
-    "hardswish",
-    "le",
-    "leaky_relu",
-    "lerp",
-    "log",
-    "logical_and",
-    "logical_not",
-    "logical_or",
-    "lt",
-    "masked_fill",
-    "maximum",
-    "minimum",
-    "mish",
-    "mul",
-    "multiply",
-    "nan_to_num",
-    "ne",
-    "neg",
-    "polar",
-    "pow",
-    "reciprocal",
-    "relu",
-    "rsqrt",
-    "sigmoid",
-    "sign",
-    "silu",
-    "sin",
-    "softplus",
-    "sqrt",
-    "square",
-    "sub",
-    "subtract",
-    "tan",
-    "tanh",
-    "true_divide",
-    "truediv",
-    "where",
-)
-_LIKE_FIRST = (
-    "alias",
-    "bfloat16",
-    "clone",
-    "contiguous",
-    "cpu",
-    "cuda",
-    "detach",
-    "double",
-    "dropout",
-    "float",
-    "float16",
-    "half",
-    "layer_norm",
-    "log_softmax",
-    "normalize",
-    "requires_grad_",
-    "rms_norm",
-    "softmax",
-    "to",
-    "type",
-    "type_as",
-)
-_WRITING_POINTWISE = (
-    "add_",
-    "sub_",
-    "mul_",
-    "div_",
-    "clamp_",
-    "exp_",
-    "neg_",
-    "masked_fill_",
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-)
-_REDUCTIONS = (
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "norm",
-    "prod",
-)
-_CONSTANTS = (
-    "arange",
-    "empty",
-    "empty_like",
-    "full",
-    "full_like",
-    "linspace",
-    "new_empty",
-    "new_full",
-    "new_ones",
-    "new_zeros",
-    "ones",
-    "ones_like",
-    "zeros",
-    "zeros_like",
-    "tensor",
-)
-# fmt: on
-
 
 def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Read an argument that may be positional or named."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _operand(node: fx.Node) -> Any:
+def operand_of(node: fx.Node) -> Any:
     """The tensor an operation works on, by position or under its usual names."""
     return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
@@ -171,16 +54,16 @@ def _replaced(tracks: Tracks, index: int, *new: Track) -> Tracks:
     return (*tracks[:index], *new, *tracks[index + 1 :])
 
 
-@rule(*_POINTWISE)
-def _pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
+@rule(*POINTWISE)
+def pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
     if shape is None:
         return None
     operands = [n for n in node.all_input_nodes if shape_of(n) is not None]
-    return _broadcast(analysis, node, shape, operands)
+    return broadcast_tracks(analysis, node, shape, operands)
 
 
-def _broadcast(
+def broadcast_tracks(
     analysis: Provenance, node: fx.Node, shape: Sequence[Any], operands: Sequence[fx.Node]
 ) -> Tracks:
     result = list(constant_tracks(shape))
@@ -196,22 +79,13 @@ def _broadcast(
     return tuple(result)
 
 
-@rule(*_LIKE_FIRST)
+@rule(*LIKE_FIRST)
 def _like_first(analysis: Provenance, node: fx.Node) -> TrackValue:
-    operand = _operand(node)
+    operand = operand_of(node)
     return analysis.of(operand) if isinstance(operand, fx.Node) else None
 
 
-@rule(*_WRITING_POINTWISE)
-def _writing_pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
-    target = _operand(node)
-    result = _pointwise(analysis, node)
-    if result != analysis.of(target):
-        analysis.lose(node)
-    return result
-
-
-@rule(*_CONSTANTS)
+@rule(*CONSTANTS)
 def _constant(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
     return None if shape is None else constant_tracks(shape)
@@ -222,10 +96,10 @@ def _patch_embedding(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
     if shape is None or len(shape) != 5:
         return None
-    analysis.num_video_sources += 1
+    analysis.start_video(node)
     grid = shape[2:]
     axes = [video(node, (axis,), grid) for axis in range(3)]
-    batch = analysis.of(_operand(node))[0]
+    batch = analysis.of(operand_of(node))[0]
     return (batch, stream(shape[1], (node, 1)), *axes)
 
 
@@ -234,7 +108,7 @@ def _linear(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
     if shape is None:
         return None
-    tracks = analysis.of(_operand(node))
+    tracks = analysis.of(operand_of(node))
     return (*tracks[:-1], stream(shape[-1], (node, len(shape) - 1)))
 
 
@@ -256,21 +130,22 @@ def _attention(analysis: Provenance, node: fx.Node) -> TrackValue:
     return (*analysis.of(query)[:-1], stream(shape[-1], (node, len(shape) - 1)))
 
 
-@rule(*_REDUCTIONS)
+@rule(*REDUCTIONS)
 def _reduction(analysis: Provenance, node: fx.Node) -> TrackValue:
-    shape, operand = shape_of(node), _operand(node)
-    dims: Any = _argument(node, 1, "dim")
-    keeps_rank = shape is not None and isinstance(operand, fx.Node) and len(shape) == _rank(operand)
-    if not keeps_rank or dims is None:
+    shape, operand = shape_of(node), operand_of(node)
+    before = shape_of(operand) if isinstance(operand, fx.Node) else None
+    if shape is None or before is None or len(shape) != len(before):
         return None
-    reduced = {dim % len(shape or ()) for dim in (dims if isinstance(dims, Sequence) else (dims,))}
     tracks = analysis.of(operand)
-    return tuple(stream(1) if i in reduced else track for i, track in enumerate(tracks))
+    return tuple(
+        track if same(size, kept) else stream(1)
+        for track, size, kept in zip(tracks, before, shape, strict=True)
+    )
 
 
 @rule("permute", "transpose", "swapaxes", "swapdims", "t")
 def _permute(analysis: Provenance, node: fx.Node) -> TrackValue:
-    operand = _operand(node)
+    operand = operand_of(node)
     if not isinstance(operand, fx.Node):
         return None
     rank = _rank(operand)
@@ -292,7 +167,7 @@ def _permute(analysis: Provenance, node: fx.Node) -> TrackValue:
 
 @rule("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
 def _reshape(analysis: Provenance, node: fx.Node) -> TrackValue:
-    shape, operand = shape_of(node), _operand(node)
+    shape, operand = shape_of(node), operand_of(node)
     if shape is None or not isinstance(operand, fx.Node):
         return None
     if op_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
@@ -303,17 +178,17 @@ def _reshape(analysis: Provenance, node: fx.Node) -> TrackValue:
 
 @rule("view_as_complex")
 def _view_as_complex(analysis: Provenance, node: fx.Node) -> TrackValue:
-    return analysis.of(_operand(node))[:-1]
+    return analysis.of(operand_of(node))[:-1]
 
 
 @rule("view_as_real")
 def _view_as_real(analysis: Provenance, node: fx.Node) -> TrackValue:
-    return (*analysis.of(_operand(node)), stream(2))
+    return (*analysis.of(operand_of(node)), stream(2))
 
 
 @rule("expand", "expand_as", "broadcast_to", "repeat")
 def _expand(analysis: Provenance, node: fx.Node) -> TrackValue:
-    shape, operand = shape_of(node), _operand(node)
+    shape, operand = shape_of(node), operand_of(node)
     if shape is None or not isinstance(operand, fx.Node):
         return None
     before = shape_of(operand) or ()
@@ -330,17 +205,33 @@ def _expand(analysis: Provenance, node: fx.Node) -> TrackValue:
 def _concatenate(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
     operands = _argument(node, 0, "tensors")
-    if shape is None or not all(isinstance(n, fx.Node) for n in operands):
+    if shape is None or not _are_of_rank(operands, len(shape)):
         return None
     dim = _argument(node, 1, "dim", node.kwargs.get("axis", 0)) % len(shape)
     result: Tracks | None = None
-    joined: list[Any] = []
+    joined: list[Part] = []
     for operand in operands:
         tracks = analysis.of(operand)
-        joined.extend(tracks[dim])
+        joined.extend(part for part in tracks[dim] if not same(part.size, 0))
         others = _replaced(tracks, dim, stream(shape[dim]))
         result = others if result is None else _merge_all(node, shape, result, others)
-    return None if result is None else _replaced(result, dim, tuple(joined))
+    return None if result is None else _replaced(result, dim, _named_constants(node, joined))
+
+
+def _named_constants(node: fx.Node, parts: list[Part]) -> Track:
+    """Learned tokens beside others are tokens too: from here on they have an identity."""
+    if is_constant(tuple(parts)):
+        return tuple(parts)
+    return tuple(
+        StreamPart(frozenset({(node, i)}), part.size) if is_constant((part,)) else part
+        for i, part in enumerate(parts)
+    )
+
+
+def _are_of_rank(operands: Any, rank: int) -> bool:
+    """Whether operands are tensors of one rank; `cat` also takes empty ones of rank 1."""
+    is_list = isinstance(operands, tuple | list)
+    return is_list and all(isinstance(n, fx.Node) and _rank(n) == rank for n in operands)
 
 
 def _merge_all(node: fx.Node, shape: Sequence[Any], left: Tracks, right: Tracks) -> Tracks:
@@ -352,17 +243,17 @@ def _merge_all(node: fx.Node, shape: Sequence[Any], left: Tracks, right: Tracks)
 def _stack(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
     operands = _argument(node, 0, "tensors")
-    if shape is None:
+    if shape is None or not _are_of_rank(operands, len(shape) - 1):
         return None
     dim = _argument(node, 1, "dim", 0) % len(shape)
     inner = [size for i, size in enumerate(shape) if i != dim]
-    tracks = _broadcast(analysis, node, inner, operands)
+    tracks = broadcast_tracks(analysis, node, inner, operands)
     return (*tracks[:dim], stream(shape[dim], (node, dim)), *tracks[dim:])
 
 
 @rule("chunk", "split", "tensor_split", "split_with_sizes", "unbind")
 def _split(analysis: Provenance, node: fx.Node) -> TrackValue:
-    outputs, operand = example_value(node), _operand(node)
+    outputs, operand = example_value(node), operand_of(node)
     if not isinstance(operand, fx.Node) or not isinstance(outputs, tuple | list):
         return None
     unbind = op_name(node) == "unbind"
@@ -394,11 +285,11 @@ def _getitem(analysis: Provenance, node: fx.Node) -> TrackValue:
         return None
     if analysis.is_tuple(source):
         return analysis.outputs_of(source, index) if isinstance(index, int) else None
-    items = _index_items(index, _rank(source))
+    items = index_items(index, _rank(source))
     return None if items is None else _index_tracks(analysis, node, source, items)
 
 
-def _index_items(index: Any, rank: int) -> list[Any] | None:
+def index_items(index: Any, rank: int) -> list[Any] | None:
     """Expand an index to one item per dimension (plus None for new ones); None if it gathers."""
     items = list(index) if isinstance(index, tuple) else [index]
     plain = (item is None or item is Ellipsis or isinstance(item, int | slice) for item in items)
@@ -423,13 +314,13 @@ def _index_tracks(analysis: Provenance, node: fx.Node, source: fx.Node, items: l
             continue
         if isinstance(item, slice):
             size = new_shape[len(result)]
-            kept = _slice(tracks[dim], shape[dim], item)
+            kept = slice_dim(tracks[dim], shape[dim], item)
             result.append(kept or _piece(tracks[dim], size, (node, len(result))))
         dim += 1
     return tuple(result)
 
 
-def _slice(track: Track, size: Any, item: slice) -> Track | None:
+def slice_dim(track: Track, size: Any, item: slice) -> Track | None:
     if item.step not in (None, 1):
         return None
     start = _position(item.start, size, 0)
@@ -449,55 +340,3 @@ def _position(value: Any, size: Any, default: Any) -> Any:
         return value + size if value < 0 else value
     negative = value.node.expr.could_extract_minus_sign()
     return value + size if negative else value
-
-
-@rule("setitem")
-def _setitem(analysis: Provenance, node: fx.Node) -> TrackValue:
-    target, index, value = node.args
-    assert isinstance(target, fx.Node)
-    old, shape = analysis.of(target), shape_of(target) or ()
-    items = _index_items(index, len(shape))
-    written = _without_spread_dims(analysis, value)
-    new = None if items is None else _written_tracks(node, old, shape, items, written)
-    tracked = any(has_video(track) for track in old)
-    if new is not None:
-        analysis.set(target, new)
-    elif tracked or not all(is_constant(track) for track in old):
-        analysis.lose(node)
-    else:
-        analysis.set(target, analysis.fresh(target))
-    return None
-
-
-def _without_spread_dims(analysis: Provenance, value: Any) -> Tracks:
-    """Tracks of a written value; sizes of one are spread over positions and prove nothing."""
-    if not isinstance(value, fx.Node) or shape_of(value) is None:
-        return ()
-    sizes = shape_of(value) or ()
-    tracks = analysis.of(value)
-    return tuple(stream(1) if same(s, 1) else t for s, t in zip(sizes, tracks, strict=True))
-
-
-def _written_tracks(
-    node: fx.Node, old: Tracks, shape: Sequence[Any], items: list[Any], written: Tracks
-) -> Tracks | None:
-    """Tracks of a tensor after a write, or None if the write cannot be followed.
-
-    What is written must agree, index by index, with what the tensor already holds.
-    """
-    kept_dims = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
-    if None in items or len(written) > len(kept_dims):
-        return None
-    result = list(old)
-    for offset, dim in enumerate(reversed(kept_dims[len(kept_dims) - len(written) :])):
-        track = written[len(written) - 1 - offset]
-        whole = _slice(old[dim], shape[dim], items[dim]) == old[dim]
-        if not whole:
-            track = stream(shape[dim], (node, dim))
-        if is_constant(old[dim]) or old[dim] == track:
-            result[dim] = track if not is_constant(track) else old[dim]
-        elif has_video(old[dim]) or has_video(track):
-            return None
-        else:
-            result[dim] = merge(old[dim], track) or stream(shape[dim], (node, dim))
-    return tuple(result)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
@@ -19,6 +19,7 @@ from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.ops.sta import flatten_windows
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.layouts import can_be_dynamic
@@ -100,7 +101,11 @@ def _prove(
     site: Site, config: MechanismConfig, given: LayoutMetadata | None
 ) -> tuple[SiteLayout, Chosen] | Refused | Refusal:
     """Default deny: every condition must hold, the first that does not is the reason."""
-    refused = _call_supported(site) or tensors_supported(site.tensor("query"), site.tensor("value"))
+    refused = (
+        _call_supported(site)
+        or tensors_supported(site.tensor("query"), site.tensor("value"))
+        or _broadcasts(site)
+    )
     if refused is not None and refused.reason == "rank_unsupported":
         return refused
     layout = find_layout(site, given)
@@ -133,6 +138,19 @@ def _call_supported(site: Site) -> Refused | None:
     return None
 
 
+def _broadcasts(site: Site) -> Refused | None:
+    """Dense attention lets keys and values be broadcast; the op knows fewer key heads only."""
+    query, key, value = (site.tensor(name).shape[:2] for name in ("query", "key", "value"))
+    fits = (
+        same(query[0], key[0])
+        and same(key[0], value[0])
+        and same(key[1], value[1])
+        and same(query[1] % key[1], 0)
+    )
+    shapes = tuple(tuple(hint(size) for size in shape) for shape in (query, key, value))
+    return None if fits else Refused("broadcast_unsupported", f"batch and heads {shapes}")
+
+
 def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
@@ -154,10 +172,9 @@ def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
 def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
     """Give the new nodes what the inner compilers and their caches read."""
     query = site.tensor("query")
-    fake_mode = detect_fake_mode(query)
-    assert fake_mode is not None
+    assert isinstance(query, FakeTensor)
     arguments = fx.node.map_arg(op.args, example_value)
-    with fake_mode:
+    with query.fake_mode:
         outputs = op.target(*arguments)  # type: ignore[operator]
         # Under autocast the call itself casts; Dynamo recorded the dtype it will have.
         first = outputs[0].to(example_value(site.node).dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
 from compiled_sparse.passes import provenance_rules as _rules  # noqa: F401 - registers the rules
+from compiled_sparse.passes import provenance_writes as _writes  # noqa: F401 - registers the rules
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
@@ -31,25 +33,27 @@ class Site:
     Args:
         node: The call.
         owner: Graph module whose graph holds it.
-        depth: 0 in the outermost graph, more inside nested ones.
         path: Dotted path of the module that made the call.
         arguments: All arguments by name, as nodes or values.
         query_track: What the query positions are.
         key_track: What the key positions are.
         value_track: What the value positions are.
-        graph_has_video: Whether a patch embedding stands in front of the call.
+        graph_has_video: Whether there is a patch embedding in the graph.
+        query_from_video: Whether the queries are computed from a patch embedding.
+        key_from_video: Whether the keys are.
         lost_at: The write that ended the analysis before this call, if one did.
     """
 
     node: fx.Node
     owner: fx.GraphModule
-    depth: int
     path: str
     arguments: dict[str, Any]
     query_track: Track
     key_track: Track
     value_track: Track
     graph_has_video: bool
+    query_from_video: bool
+    key_from_video: bool
     lost_at: fx.Node | None
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -84,11 +88,15 @@ def find_sites(owner: fx.GraphModule) -> tuple[list[Site], list[OtherAttention]]
     sites: list[Site] = []
     others: list[OtherAttention] = []
     entered = {id(owner)}
-    for visit in Provenance(owner).run():
+    analysis = Provenance(owner)
+    for visit in analysis.run():
         entered.add(id(visit.owner))
         _collect(visit, sites, others)
+    # A text refiner may run before the patch embedding does.
+    has_video = analysis.num_video_sources > 0
+    sites = [dataclasses.replace(site, graph_has_video=has_video) for site in sites]
     for graph in _unentered(owner, entered):
-        for visit in Provenance(graph, depth=1).run():
+        for visit in Provenance(graph).run():
             _collect(visit, sites, others)
     return sites, others
 
@@ -122,12 +130,13 @@ def _site(visit: Visit) -> Site:
     return Site(
         node=node,
         owner=visit.owner,
-        depth=visit.depth,
         path=module_path(node),
         arguments=arguments,
         query_track=query[-2],
         key_track=key[-2],
         value_track=value[-2],
         graph_has_video=analysis.num_video_sources > 0,
+        query_from_video=analysis.is_from_video(arguments["query"]),
+        key_from_video=analysis.is_from_video(arguments["key"]),
         lost_at=analysis.lost_at,
     )

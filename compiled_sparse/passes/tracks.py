@@ -18,6 +18,7 @@ from torch import fx
 
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import size_key
 
 
 @dataclass(frozen=True)
@@ -132,33 +133,42 @@ def _merge_parts(left: Part, right: Part) -> Track | None:
     if isinstance(left, StreamPart) and isinstance(right, StreamPart):
         return (StreamPart(left.origins | right.origins, left.size),)
     if isinstance(left, VideoPart) and isinstance(right, VideoPart):
-        return (left,) if left == right else None
+        return (left,) if _same_raster(left, right) else None
     return (left,) if isinstance(left, VideoPart) else (right,)
 
 
-def shares_provenance(*tracks: Track) -> bool:
-    """Whether all tracks provably run over the same positions of the same tokens.
+def _same_raster(left: VideoPart, right: VideoPart) -> bool:
+    """Whether two patch embeddings, of a video and of its control signal, run over one grid."""
+    grids = zip(left.grid, right.grid, strict=True)
+    return left.axes == right.axes and all(same(a, b) for a, b in grids)
+
+
+def shares_provenance(query: Track, key: Track, value: Track) -> bool:
+    """Whether queries, keys and values provably run over the same positions of the same tokens.
+
+    Queries and keys must agree in every origin: something that was merely added to both, such as a
+    table of positions, does not make two sequences one.
 
     Args:
-        tracks: Tracks of the length dimension of query, key and value.
+        query: Track of the queries' length dimension.
+        key: Track of the keys'.
+        value: Track of the values'.
 
     Returns:
-        True only if part by part all are the same video or streams with a common origin.
+        True only if part by part all are the same video or the same stream.
     """
-    first = tracks[0]
-    if any(len(track) != len(first) for track in tracks):
+    if not len(query) == len(key) == len(value):
         return False
-    return all(_same_part(parts) for parts in zip(*tracks, strict=True))
+    return all(_same_part(*parts) for parts in zip(query, key, value, strict=True))
 
 
-def _same_part(parts: tuple[Part, ...]) -> bool:
-    if all(isinstance(part, VideoPart) for part in parts):
-        return len(set(parts)) == 1
-    if not all(isinstance(part, StreamPart) for part in parts):
+def _same_part(query: Part, key: Part, value: Part) -> bool:
+    if isinstance(query, VideoPart):
+        return query == key == value
+    if not isinstance(key, StreamPart) or not isinstance(value, StreamPart):
         return False
-    origins = [part.origins for part in parts if isinstance(part, StreamPart)]
-    sizes = [part.size for part in parts]
-    return bool(frozenset.intersection(*origins)) and all(same(s, sizes[0]) for s in sizes)
+    same_tokens = query.origins == key.origins and bool(query.origins & value.origins)
+    return same_tokens and same(query.size, key.size) and same(query.size, value.size)
 
 
 def slice_track(track: Track, start: Any, stop: Any) -> Track | None:
@@ -241,7 +251,7 @@ def _merge_dims(tracks: list[Track], size: Any) -> Track:
             return video(videos[0].source, axes, grid)
     if all(is_constant(track) for track in tracks):
         return stream(size)
-    return stream(size, ("merged", tuple(tracks)))
+    return stream(size, ("merged", tuple(tracks), tuple(size_key(track_size(t)) for t in tracks)))
 
 
 def _split_dim(track: Track, sizes: list[Any]) -> list[Track] | None:
@@ -251,7 +261,8 @@ def _split_dim(track: Track, sizes: list[Any]) -> list[Track] | None:
     if isinstance(part, StreamPart):
         if is_constant(track):
             return [stream(size) for size in sizes]
-        return [stream(size, ("split", track, i, len(sizes))) for i, size in enumerate(sizes)]
+        shape = tuple(map(size_key, sizes))
+        return [stream(size, ("split", track, i, shape)) for i, size in enumerate(sizes)]
     axes = list(part.axes)
     result: list[Track] = []
     for size in sizes:

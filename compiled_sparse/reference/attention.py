@@ -9,7 +9,9 @@ from compiled_sparse.config import STA
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import ConfigError
+from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MissingGridError
+from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import Text
 
 _QUERY_CHUNK = 1024
@@ -49,14 +51,18 @@ def attention(
 
     Raises:
         MissingGridError: if a mask needs a grid and none was given.
-        ConfigError: if the config has no reference.
+        LayoutError: if grid and text do not add up to the lengths.
+        ConfigError: if the config has no reference, or its windows are not one per query head.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    if isinstance(config, STA):
+        config.check_heads(q.shape[1])
     groups = q.shape[1] // k.shape[1]
     keys = k.to(compute).repeat_interleave(groups, dim=1)
     values = v.to(compute).repeat_interleave(groups, dim=1)
     if key_mask is not None:
+        keys = keys.masked_fill(~key_mask[:, None, :, None], 0.0)
         values = values.masked_fill(~key_mask[:, None, :, None], 0.0)
     outputs, lses = [], []
     for start in range(0, q.shape[2], _QUERY_CHUNK):
@@ -106,6 +112,7 @@ def token_mask(
 
     Raises:
         MissingGridError: if the mechanism needs a grid and none was given.
+        LayoutError: if grid and text do not add up to the lengths.
         ConfigError: if the mechanism has no reference.
     """
     queries = torch.arange(query_length, device=device)[rows]
@@ -127,6 +134,14 @@ def token_mask(
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
     tile = config.resolve_tile(tuple(grid_thw))
+    length = BlockLayout(tuple(grid_thw), tile, text.before, text.after).num_tokens
+    if not length == query_length == key_length:
+        raise LayoutError(
+            "grid and text do not add up to the lengths of q and k",
+            got=f"{query_length} queries, {key_length} keys, grid {grid_thw}, {text}",
+            expected=f"length {length}",
+            next_step="pass the grid in tokens after patching, and the text token counts",
+        )
     heads = [
         _sta_mask(queries - text.before, keys - text.before, grid_thw, tile, window)
         for window in config.windows

@@ -18,8 +18,9 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
     """Replace every self-attention over a given layout by the dense masked reference.
 
     Calls to `scaled_dot_product_attention` whose queries and keys are both as long as the layout
-    run `reference.attention`; all other calls are left alone. For eager code: to see what a
-    compiled sparse model should have computed.
+    run `reference.attention`; all other calls are left alone, and so are those the compiler would
+    leave dense: causal, with dropout, or with a mask that is not boolean key padding. For eager
+    code: to see what a compiled sparse model should have computed.
 
     Args:
         config: The mechanism.
@@ -44,7 +45,7 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         call = _bind(*args, **kwargs)
-        if not self._applies(call["query"], call["key"]):
+        if not self._applies(call):
             return func(*args, **kwargs)
         self.num_replaced += 1
         mask = call["attn_mask"]
@@ -59,9 +60,18 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
             scale=call["scale"],
         )
 
-    def _applies(self, query: Tensor, key: Tensor) -> bool:
+    def _applies(self, call: dict[str, Any]) -> bool:
+        query, key = call["query"], call["key"]
         length = torch.Size(self.grid_thw).numel() + self.text.before + self.text.after
-        return query.shape[-2] == key.shape[-2] == length
+        fits = query.dim() == 4 and query.shape[2] == key.shape[2] == length
+        return fits and not call["is_causal"] and not call["dropout_p"] and _is_padding(call)
+
+
+def _is_padding(call: dict[str, Any]) -> bool:
+    mask = call["attn_mask"]
+    if mask is None:
+        return True
+    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)
 
 
 def _bind(

@@ -18,14 +18,14 @@ namespace block_sparse {
 // What one thread keeps for the queries at work.
 template <class T>
 struct BackwardScratch {
-    T* q_rows;     // [query][dim], scaled for base 2
+    T* q_rows;     // [query][dim], scaled
     T* grad_rows;  // [query][dim] gradient of the output
     T* q;          // [dim][query]
     T* grad;       // [dim][query]
     T* p;          // [key][query] scores, then probabilities
     T* ds;         // [key][query] gradient of the probabilities, then of the scores
     T* grad_q;     // [dim][query]
-    T* lse;        // [query], base 2
+    T* lse;        // [query]
     T* delta;      // [query]
 
     BackwardScratch(Carver<T>& carver, int64_t dim) {
@@ -99,7 +99,7 @@ inline void load_queries(const QueryHead<T>& head, const QueryPart& part, int di
             std::fill(grad, grad + dim, T(0));
             continue;
         }
-        w.lse[i] = head.lse[token] * kLog2E<T>;
+        w.lse[i] = head.lse[token];
         w.delta[i] = dot(w.q_rows + i * ldd, grad, dim);
         if (head.grad_lse) w.delta[i] -= head.grad_lse[token];
     }
@@ -108,7 +108,7 @@ inline void load_queries(const QueryHead<T>& head, const QueryPart& part, int di
     transpose(w.grad_rows, ldd, w.grad, stride, part.count, dim);
 }
 
-// w.p = P = 2^(p - lse), w.ds = P * (ds - delta).
+// w.p = P = e^(p - lse), w.ds = P * (ds - delta).
 template <class T>
 inline void score_gradients(int keys, int queries, const BackwardScratch<T>& w) {
     constexpr int W = kLanes<T>;
@@ -117,7 +117,7 @@ inline void score_gradients(int keys, int queries, const BackwardScratch<T>& w) 
         for (int i = 0; i < queries; i += W) {
             T* p = w.p + key * stride + i;
             T* ds = w.ds + key * stride + i;
-            const Vec<T> probability = exp2<T>(load(p) - load(w.lse + i));
+            const Vec<T> probability = exp<T>(load(p) - load(w.lse + i));
             store(ds, probability * (load(ds) - load(w.delta + i)));
             store(p, probability);
         }
@@ -154,7 +154,7 @@ inline void backward_item(const Problem& p, const PackedHead<T>& packed,
                           const QueryPart& part, const BackwardScratch<T>& w) {
     const int dim = static_cast<int>(p.dim);
     const int64_t ldd = dim_stride<T>(dim);
-    load_queries(head, part, dim, T(p.scale) * kLog2E<T>, w);
+    load_queries(head, part, dim, T(p.scale), w);
     Start start_q = Start::kZero;
     const List list = list_of(p, head.batch, head.head, part.block);
     for_each_chunk(list, *packed.rows, [&](const Chunk& chunk, const Chunk& next) {
@@ -236,8 +236,7 @@ inline void write_block(const Problem& p, const KeyRows& rows, const KeyGradient
     const Head grad_k = head_of(p.grad_k, p.dtype, head / p.kv_heads, head % p.kv_heads);
     const Head grad_v = head_of(p.grad_v, p.dtype, head / p.kv_heads, head % p.kv_heads);
     for (int32_t row = rows.first[block]; row < rows.first[block + 1]; ++row) {
-        // The packed queries carry scale * log2(e).
-        write_row(grad_k, rows.token[row], sum->k + row * ldd, dim, kLn2<T>);
+        write_row(grad_k, rows.token[row], sum->k + row * ldd, dim, T(1));
         write_row(grad_v, rows.token[row], sum->v + row * ldd, dim, T(1));
     }
 }

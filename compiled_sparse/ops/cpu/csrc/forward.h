@@ -1,4 +1,4 @@
-// Forward: online softmax over the listed key blocks, in base 2, keys by queries.
+// Forward: online softmax over the listed key blocks; scores lie keys by queries.
 #pragma once
 
 #include <omp.h>
@@ -21,8 +21,8 @@ struct ForwardScratch {
     T* scores;  // [key][query]
     T* out;     // [dim][query]
     T* top;     // [query] largest score so far
-    T* sum;     // [query] sum of 2^(score - top)
-    T* decay;   // [query] 2^(previous top - top)
+    T* sum;     // [query] sum of e^(score - top)
+    T* decay;   // [query] e^(previous top - top)
 
     ForwardScratch(Carver<T>& carver, int64_t dim) {
         constexpr int64_t stride = kQueryStride<T>;
@@ -52,7 +52,7 @@ inline void softmax_columns(T* scores, int keys, T* top, T* sum, T* decay) {
         }
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-        const Vec<T> fade = exp2<T>(load(top + c * W) - high[c]);
+        const Vec<T> fade = exp<T>(load(top + c * W) - high[c]);
         total[c] = load(sum + c * W) * fade;
         store(decay + c * W, fade);
         store(top + c * W, high[c]);
@@ -61,7 +61,7 @@ inline void softmax_columns(T* scores, int keys, T* top, T* sum, T* decay) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             T* s = scores + key * stride + c * W;
-            const Vec<T> p = exp2<T>(load(s) - high[c]);
+            const Vec<T> p = exp<T>(load(s) - high[c]);
             total[c] += p;
             store(s, p);
         }
@@ -110,7 +110,7 @@ inline void forward_item(const Problem& p, const PackedHead<T>& head, int64_t ba
     const Head out = head_of(p.out, p.dtype, batch, q_head);
     T* lse = static_cast<T*>(p.lse) + (batch * p.q_heads + q_head) * p.q_len;
 
-    gather_queries(q, part, dim, T(p.scale) * kLog2E<T>, w.rows);
+    gather_queries(q, part, dim, T(p.scale), w.rows);
     transpose(w.rows, ldd, w.q, stride, part.count, dim);
     const List list = list_of(p, batch, q_head, part.block);
     if (attend(head, list, dim, part.count, w)) {
@@ -121,7 +121,7 @@ inline void forward_item(const Problem& p, const PackedHead<T>& head, int64_t ba
     }
     for (int i = 0; i < part.count; ++i) {
         const int32_t token = part.tokens[i];
-        lse[token] = (w.top[i] + std::log2(w.sum[i])) * kLn2<T>;
+        lse[token] = w.top[i] + std::log(w.sum[i]);
         write_row(out, token, w.rows + i * ldd, dim, T(1) / w.sum[i]);
     }
 }

@@ -232,10 +232,4 @@ inline void gather_queries(const Head& source, const QueryPart& part, int dim, T
     std::fill(rows + part.count * stride, rows + round_up(part.count, kLanes<T>) * stride, T(0));
 }
 
-template <class T>
-constexpr T kLog2E = T(1.44269504088896340735992468100189214L);
-
-template <class T>
-constexpr T kLn2 = T(0.693147180559945309417232121458176568L);
-
 }  // namespace block_sparse

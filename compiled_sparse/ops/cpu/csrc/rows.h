@@ -62,8 +62,8 @@ inline void encode(float x, Float16& y) {
     const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    // 65520 is the smallest magnitude that rounds to infinity.
-    y.bits = static_cast<uint16_t>(sign | (magnitude < 0x477ff000u ? finite : special));
+    // From 2^16 on; just below it, rounding up carries into infinity by itself.
+    y.bits = static_cast<uint16_t>(sign | (magnitude < 0x47800000u ? finite : special));
 }
 
 // A tensor [batch, head, token, dim] with unit stride in dim; strides count elements.

@@ -1,4 +1,4 @@
-// SIMD vectors through the GCC/Clang vector extensions, and exp2 on them.
+// SIMD vectors through the GCC/Clang vector extensions, and exp on them.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +34,8 @@ struct Simd<float> {
     static constexpr int kMantissaBits = 23;
     // Adding it rounds to an integer and leaves that integer, biased, in the low bits.
     static constexpr float kRound = 12582912.0f + 127.0f;
-    // Far below any rounding, yet far from denormal products.
-    static constexpr float kLowest = -100.0f;
+    // e^kLowest is far below any rounding, yet far from denormal products.
+    static constexpr float kLowest = -69.0f;
     // Minimax polynomial of 2^f on [-1/2, 1/2], highest degree first.
     static constexpr float kExp2[] = {1.534581216e-4f, 1.339993121e-3f, 9.618488957e-3f,
                                       5.550328777e-2f, 2.402264689e-1f, 6.931472057e-1f,
@@ -48,7 +48,7 @@ struct Simd<double> {
     typedef int64_t Int __attribute__((vector_size(kVectorBytes), may_alias));
     static constexpr int kMantissaBits = 52;
     static constexpr double kRound = 6755399441055744.0 + 1023.0;
-    static constexpr double kLowest = -900.0;
+    static constexpr double kLowest = -600.0;
     static constexpr double kExp2[] = {
         4.4352809446103362e-10, 7.0741056262456594e-9, 1.0178198033328528e-7,
         1.3215433089594629e-6,  1.5252733489960805e-5, 1.5403530462514613e-4,
@@ -78,14 +78,15 @@ inline Vec<T> broadcast(T value) {
     return value - Vec<T>{};  // Unlike 0 + value, no operation: it keeps the sign of -0.
 }
 
-// 2^x for x <= 127 (1023 for double); x below kLowest counts as kLowest, NaN stays NaN.
+// e^x for x < 88 (709 for double); x below kLowest counts as kLowest, NaN stays NaN.
 template <class T>
-inline Vec<T> exp2(Vec<T> x) {
+inline Vec<T> exp(Vec<T> x) {
     using S = Simd<T>;
+    constexpr T log2_e = T(1.44269504088896340735992468100189214L);
     const Vec<T> low = broadcast<T>(S::kLowest);
     x = x < low ? low : x;
-    const Vec<T> rounded = x + S::kRound;
-    const Vec<T> f = x - (rounded - S::kRound);
+    const Vec<T> rounded = x * log2_e + S::kRound;
+    const Vec<T> f = x * log2_e - (rounded - S::kRound);
     Vec<T> p = broadcast<T>(S::kExp2[0]);
 #pragma GCC unroll 16
     for (size_t i = 1; i < sizeof(S::kExp2) / sizeof(T); ++i) p = p * f + S::kExp2[i];

@@ -1,0 +1,51 @@
+"""The command line: `compiled-sparse demo`, `compiled-sparse plot`.
+
+Exit status 0 means that everything asked for happened, 1 that a check failed, 2 that the request
+could not be carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from compiled_sparse.cli import demo
+from compiled_sparse.cli import plot
+from compiled_sparse.errors import CompiledSparseError
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except CompiledSparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compiled-sparse",
+        description="Block-sparse attention for unmodified video diffusion transformers.",
+    )
+    version = f"compiled_sparse {metadata.version('compiled-sparse')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in (demo, plot):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,65 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from compiled_sparse.errors import MissingExtraError
+
+Commands = Any  # what add_subparsers returns; argparse gives that class no public name
+
+
+def add_pattern_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    grid: Sequence[int],
+    window: Sequence[int],
+    tile: Sequence[int],
+) -> None:
+    """Add `--grid`, `--window` and `--tile` with these defaults."""
+    _add_extents(parser, "--grid", grid, "token grid after patching")
+    _add_extents(parser, "--window", window, "window of each tile, in tiles")
+    _add_extents(parser, "--tile", tile, "sides of a tile, in tokens")
+
+
+def _add_extents(
+    parser: argparse.ArgumentParser, flag: str, default: Sequence[int], what: str
+) -> None:
+    shown = " ".join(map(str, default))
+    parser.add_argument(
+        flag,
+        nargs=3,
+        type=int,
+        metavar=("T", "H", "W"),
+        default=tuple(default),
+        help=f"{what} (default {shown})",
+    )
+
+
+def count(minimum: int) -> Any:
+    """Return an argparse type for integers of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+
+    parse.__name__ = "integer"
+    return parse
+
+
+def require_packages(names: Sequence[str], *, extra: str, purpose: str) -> None:
+    """Import optional packages, so that a missing one is named before any work is done.
+
+    Raises:
+        MissingExtraError: if one is not installed.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise MissingExtraError(name, extra=extra, purpose=purpose) from None

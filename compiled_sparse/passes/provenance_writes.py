@@ -1,0 +1,110 @@
+"""How writes into tensors move tracks. Importing this module registers the rules.
+
+A write in place changes what every view of the memory holds: `Provenance.overwrite` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.op_names import WRITING_POINTWISE
+from compiled_sparse.passes.provenance import Provenance
+from compiled_sparse.passes.provenance import TrackValue
+from compiled_sparse.passes.provenance import rule
+from compiled_sparse.passes.provenance_rules import index_items
+from compiled_sparse.passes.provenance_rules import operand_of
+from compiled_sparse.passes.provenance_rules import pointwise
+from compiled_sparse.passes.provenance_rules import slice_dim
+from compiled_sparse.passes.tracks import Track
+from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import has_video
+from compiled_sparse.passes.tracks import is_constant
+from compiled_sparse.passes.tracks import merge
+from compiled_sparse.passes.tracks import stream
+
+
+@rule(*WRITING_POINTWISE)
+def _writing_pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
+    target, result = operand_of(node), pointwise(analysis, node)
+    if not isinstance(target, fx.Node) or result is None:
+        analysis.lose(node)
+        return None
+    old = analysis.of(target)
+    # What a tensor held stays where it was; only where nothing was known there is news.
+    pairs = zip(old, result, strict=True)
+    tracks = tuple(new if is_constant(track) else track for track, new in pairs)
+    analysis.overwrite(node, target, tracks)
+    return tracks
+
+
+@rule("setitem")
+def _setitem(analysis: Provenance, node: fx.Node) -> TrackValue:
+    target, index, value = node.args
+    assert isinstance(target, fx.Node)
+    old, shape = analysis.of(target), shape_of(target) or ()
+    items = index_items(index, len(shape))
+    written = _without_spread_dims(analysis, value)
+    new = None if items is None else _written_tracks(node, old, shape, items, written)
+    if new is None and any(has_video(track) for track in old):
+        analysis.lose(node)
+    else:
+        unknown = tuple(stream(size, (node, dim)) for dim, size in enumerate(shape))
+        analysis.overwrite(node, target, unknown if new is None else new)
+    return None
+
+
+def _without_spread_dims(analysis: Provenance, value: Any) -> Tracks:
+    """Tracks of a written value; sizes of one are spread over positions and prove nothing."""
+    if not isinstance(value, fx.Node) or shape_of(value) is None:
+        return ()
+    sizes = shape_of(value) or ()
+    tracks = analysis.of(value)
+    return tuple(stream(1) if same(s, 1) else t for s, t in zip(sizes, tracks, strict=True))
+
+
+def _written_tracks(
+    node: fx.Node, old: Tracks, shape: Sequence[Any], items: list[Any], written: Tracks
+) -> Tracks | None:
+    """Tracks of a tensor after a write, or None if the write cannot be followed.
+
+    What stays of the old content must agree, index by index, with what is written beside it.
+    """
+    if not written:
+        return old
+    kept_dims = [dim for dim, item in enumerate(items) if isinstance(item, slice)]
+    if None in items or len(written) > len(kept_dims):
+        return None
+    whole = [_is_whole(track, size, i) for track, size, i in zip(old, shape, items, strict=True)]
+    spread = [stream(1)] * (len(kept_dims) - len(written))
+    new = dict(zip(kept_dims, [*spread, *written], strict=True))
+    result: list[Track] = []
+    for dim, track in enumerate(old):
+        fresh = stream(shape[dim], (node, dim))
+        if not whole[dim]:
+            joined = None if has_video(track) else fresh
+        elif all(whole):
+            joined = stream(shape[dim]) if is_constant(new[dim]) else new[dim]
+        else:
+            joined = _beside(track, new[dim], fresh)
+        if joined is None:
+            return None
+        result.append(joined)
+    return tuple(result)
+
+
+def _is_whole(track: Track, size: Any, item: Any) -> bool:
+    return isinstance(item, slice) and slice_dim(track, size, item) == track
+
+
+def _beside(old: Track, new: Track, fresh: Track) -> Track | None:
+    """Old and new content share a dimension of which both hold all positions."""
+    if is_constant(new) or old == new:
+        return old
+    if is_constant(old):
+        return new
+    return None if has_video(old) or has_video(new) else merge(old, new) or fresh

@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+# Waiting OpenMP threads sleep: spinning ones slow the tests tenfold where cores are shared. It is
+# read when torch is loaded, so torch is imported in the fixtures.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shared machine has no deadlines, and the same commit tests the same examples.
+settings.register_profile("repository", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("repository")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill every fresh allocation with NaN, so that an element nobody wrote is seen."""
+    import torch
+
+    outer = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = outer
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget everything that was compiled, before and after."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

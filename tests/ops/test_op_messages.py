@@ -1,0 +1,216 @@
+"""The wording of the errors of operators and reference; see `tests/test_messages.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from messages import Case
+from messages import assert_wording
+from messages import raise_statements
+from messages import raised_at
+
+import compiled_sparse as cs
+from compiled_sparse import errors
+from compiled_sparse.config import Auto
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.ops import block_sparse
+
+MODULES = ("ops/attention", "ops/checks", "ops/block_sparse", "reference/attention")
+GRID = (2, 3, 2)
+Q = torch.zeros(2, 4, 12, 8)
+INDICES, COUNTS = helpers.full_lists(12, 12)
+
+
+def call(**changes: Any) -> Any:
+    """Call the kernel op with something changed."""
+    geometry = {"grid": (12,), "q_tile": (1,), "kv_tile": (1,)}
+    tensors = {"q": Q, "k": Q, "v": Q, "block_indices": INDICES, "block_counts": COUNTS}
+    return cs.ops.block_sparse_attention(**{**tensors, **geometry, **changes})
+
+
+def attend(config: MechanismConfig, module: Any = cs, **changes: Any) -> Any:
+    """Call `attention` of the package or of the reference with something changed."""
+    arguments = {"q": Q, "k": Q, "v": Q, "config": config, "grid_thw": GRID, **changes}
+    return module.attention(**arguments)
+
+
+def differentiate_twice() -> None:
+    q = Q.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(call(q=q)[0].sum(), q, create_graph=True)
+    grad.sum().backward()
+
+
+CASES = {
+    "not callable": Case(
+        errors.ConfigError,
+        "no mechanism that can be called",
+        "Auto()",
+        "STA(...) or Dense()",
+        "compile backend",
+        lambda: attend(Auto()),
+    ),
+    "no grid": Case(
+        errors.MissingGridError,
+        "sta needs the token grid",
+        "grid_thw=None",
+        "(T, H, W)",
+        "counted after patching",
+        lambda: attend(cs.STA(), grid_thw=None),
+    ),
+    "cross": Case(
+        errors.ShapeError,
+        "sta needs queries and keys of one sequence",
+        "12 queries, 10 keys",
+        "equal lengths",
+        "leave cross-attention dense",
+        lambda: attend(cs.STA(), k=Q[:, :, :10]),
+    ),
+    "dense lse": Case(
+        errors.ConfigError,
+        "dense attention does not return the log-sum-exp",
+        "return_lse=True",
+        "return_lse=False",
+        "cs.reference.attention",
+        lambda: attend(cs.Dense(), return_lse=True),
+    ),
+    "rank": Case(
+        errors.ShapeError,
+        "k has the wrong rank",
+        "k of shape (4, 12, 8)",
+        "[batch, heads, length, head_dim]",
+        "reshape k",
+        lambda: call(k=Q[0]),
+    ),
+    "dtypes": Case(
+        errors.DtypeError,
+        "unsupported or different dtypes",
+        "v torch.float64",
+        "torch.float32, torch.bfloat16",
+        "cast q, k and v",
+        lambda: call(v=Q.double()),
+    ),
+    "mask dtype": Case(
+        errors.DtypeError,
+        "key_mask is not boolean",
+        "torch.float32",
+        "torch.bool, True where",
+        "mask != 0",
+        lambda: call(key_mask=torch.ones(2, 12)),
+    ),
+    "devices": Case(
+        errors.DeviceError,
+        "on different devices",
+        "cpu, meta",
+        "on one device",
+        "move them to cpu",
+        lambda: call(v=Q.to("meta")),
+    ),
+    "shapes": Case(
+        errors.ShapeError,
+        "q, k and v do not fit each other",
+        "k (2, 3, 12, 8)",
+        "Hq a multiple of Hk",
+        "order of the axes",
+        lambda: call(k=Q[:, :3]),
+    ),
+    "mask shape": Case(
+        errors.ShapeError,
+        "key_mask has the wrong shape",
+        "(2, 1, 1, 12)",
+        "[batch, key length] = (2, 12)",
+        "without head or query axes",
+        lambda: call(key_mask=torch.ones(2, 1, 1, 12).bool()),
+    ),
+    "length": Case(
+        errors.LayoutError,
+        "do not add up to the length of q",
+        "length 12, grid (11,), text 0 before",
+        "length 11",
+        "after patching",
+        lambda: call(grid=(11,)),
+    ),
+    "list dtype": Case(
+        errors.DtypeError,
+        "block lists are not int32",
+        "block_counts torch.int64",
+        "torch.int32",
+        ".to(torch.int32)",
+        lambda: call(block_counts=COUNTS.long()),
+    ),
+    "list shape": Case(
+        errors.ShapeError,
+        "block lists have the wrong shape",
+        "(1, 1, 11, 12)",
+        "[1 or 2, 1 or 4, 12, K]",
+        "one row per query block",
+        lambda: call(block_indices=INDICES[:, :, :11]),
+    ),
+    "counts": Case(
+        errors.BlockListError,
+        "block_counts is out of range",
+        "13 to 13",
+        "0 to 12",
+        "valid leading entries",
+        lambda: call(block_counts=COUNTS + 1),
+    ),
+    "indices": Case(
+        errors.BlockListError,
+        "outside the key blocks",
+        "index 12",
+        "0 to 11",
+        "the lists were made for",
+        lambda: call(block_indices=INDICES + 1),
+    ),
+    "no kernel": Case(
+        errors.DeviceError,
+        "no GPU kernel",
+        "CUDA tensors",
+        "CPU tensors",
+        "policy 'dense'",
+        lambda: block_sparse._no_cuda(Q),
+    ),
+    "second derivative": Case(
+        errors.DoubleBackwardError,
+        "differentiable only once",
+        "second derivative",
+        "first derivatives only",
+        "cs.reference.attention",
+        differentiate_twice,
+    ),
+    "no reference": Case(
+        errors.ConfigError,
+        "this config has no reference",
+        "Auto()",
+        "Dense() or STA(...)",
+        "one mechanism",
+        lambda: attend(Auto(), cs.reference),
+    ),
+    "reference without grid": Case(
+        errors.MissingGridError,
+        "sta needs the token grid",
+        "grid_thw=None",
+        "(T, H, W)",
+        "counted after patching",
+        lambda: attend(cs.STA(), cs.reference, grid_thw=None),
+    ),
+    "reference length": Case(
+        errors.LayoutError,
+        "do not add up to the lengths of q and k",
+        "12 queries, 12 keys, grid (2, 3, 3)",
+        "length 18",
+        "after patching",
+        lambda: attend(cs.STA(), cs.reference, grid_thw=(2, 3, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_message_says_what_got_expected_and_next(case: Case) -> None:
+    assert_wording(case)
+
+
+def test_every_error_has_a_case_for_its_wording() -> None:
+    assert raise_statements(MODULES) == raised_at(CASES.values())

@@ -1,0 +1,149 @@
+"""The documentation is true: snippets run, links lead somewhere, tables are complete."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiled_sparse import config
+from compiled_sparse import selector
+from compiled_sparse.config import STA
+from compiled_sparse.reasons import EXPECTED_DENSE
+from compiled_sparse.reasons import REASONS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, START, REPORT, ENVIRONMENT, STA_PAGE = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("start", "report", "environment", "sta")),
+)
+
+
+@cache
+def snippets(page: Path) -> list[tuple[int, str]]:
+    """All python blocks of a page, each with the number of the line in front of it."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def execute(page: Path, line: int, source: str, namespace: dict[str, Any]) -> None:
+    """Run a block so that a traceback shows the line of the page."""
+    exec(compile("\n" * line + source, str(page), "exec"), namespace)
+
+
+def table_rows(page: Path, first_cell: str) -> list[tuple[str, ...]]:
+    """The body of the markdown table whose header starts with a cell."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cell} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(tuple(cell.strip() for cell in line.strip("|").split("|")))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name
+)
+def test_every_snippet_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    if page != START:  # the pages say that `model` and `inputs` are those of the start page
+        execute(START, *snippets(START)[0], namespace)
+    for line, source in snippets(page):
+        execute(page, line, source, namespace)
+
+
+def test_the_readme_fits_one_screen_and_shows_six_lines_of_code() -> None:
+    ((_, source),) = snippets(README)
+    assert len(source.replace("\n\n", "\n").splitlines()) == 6
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 70
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in headings(linked), f"{page.name} links to {target}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert all(f"(docs/{page.name})" in text for page in PAGES if page != README)
+
+
+def test_the_report_page_lists_every_reason_code_with_its_meaning() -> None:
+    listed = {code.strip("`"): meaning for code, meaning in table_rows(REPORT, "code")}
+    assert listed == REASONS
+
+
+def test_the_report_page_names_the_reasons_nobody_is_warned_about() -> None:
+    text = " ".join(REPORT.read_text(encoding="utf-8").split())
+    sentence = re.search(r"Expected, and therefore never warned about: (.*?)\.", text)
+    assert sentence is not None
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == EXPECTED_DENSE
+
+
+def test_the_environment_page_lists_every_variable_the_package_reads() -> None:
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "compiled_sparse").rglob("*.py")
+    )
+    names = set(re.findall(r"""(?:environ\.get\(|environ\[|getenv\()"(\w+)\"""", sources))
+    constants = set(re.findall(r"(?:environ\.get\(|environ\[|getenv\()([A-Z_]+)", sources))
+    for constant in constants:
+        names |= set(re.findall(rf'^{constant}\b.*= "(\w+)"$', sources, re.MULTILINE))
+    text = ENVIRONMENT.read_text(encoding="utf-8")
+    assert {"CXX", "COMPILED_SPARSE_CPU_KERNEL", "COMPILED_SPARSE_CACHE_DIR"} <= names
+    assert all(name in text for name in names), names
+
+
+def test_numbers_in_prose_are_those_of_the_code() -> None:
+    start = START.read_text(encoding="utf-8")
+    assert f"at least {selector.AUTO_MIN_TOKENS:,} tokens" in start
+    assert f"{selector.KERNEL_EFFICIENCY} / density" in REPORT.read_text(encoding="utf-8")
+    defaults = {name.strip("`"): value for name, _, value in table_rows(STA_PAGE, "parameter")}
+    assert defaults == {
+        "window_thw": f"`{STA().window_thw}`",
+        "tile_thw": f"`{STA().tile_thw}`",
+    }
+
+
+def test_the_readme_says_of_no_mechanism_that_it_works_before_it_does() -> None:
+    rows = table_rows(README, "mechanism")
+    working = {name.split("`")[1].lower() for name, *cells in rows if "planned" not in cells}
+    assert working | {"auto"} == set(config.known_mechanisms())
+
+
+def test_the_eager_example_agrees_with_the_reference() -> None:
+    errors = runpy.run_path(str(ROOT / "examples" / "eager_attention.py"))["main"]()
+    assert len(errors) == 5
+    assert max(errors.values()) < 1e-4
+
+
+def test_the_compiled_example_agrees_with_the_reference(fresh_compiler: None) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "wan_compiled.py"))["main"]
+    assert main(inner="eager") < 1e-5
+
+
+@pytest.mark.slow
+def test_the_compiled_example_runs_with_inductor(fresh_compiler: None) -> None:
+    assert runpy.run_path(str(ROOT / "examples" / "wan_compiled.py"))["main"]() < 1e-5

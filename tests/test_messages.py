@@ -1,0 +1,265 @@
+"""The wording of the errors of the leaves: what was wrong, got, expected, and what to do next.
+
+A raise statement without a case here fails `test_every_error_has_a_case_for_its_wording`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from messages import Case
+from messages import assert_wording
+from messages import raise_statements
+from messages import raised_at
+
+import compiled_sparse as cs
+from compiled_sparse import errors
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import parse_spec
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.options import parse_options
+from compiled_sparse.policy import as_policy
+
+MODULES = ("config", "policy", "metadata", "layout", "options")
+
+
+def enter_metadata(**arguments: Any) -> None:
+    with cs.metadata(**arguments):
+        pass
+
+
+CASES = {
+    "text": Case(
+        errors.LayoutError,
+        "Text.before is not a token count",
+        "-1",
+        "integer of at least 0",
+        "Text(before=",
+        lambda: cs.Text(before=-1),
+    ),
+    "axes": Case(
+        errors.LayoutError,
+        "grid and tile have different numbers of axes",
+        "grid (4, 4), tile (2,)",
+        "one tile side per grid axis",
+        "a tile with 2 sides",
+        lambda: BlockLayout((4, 4), (2,)),
+    ),
+    "extents": Case(
+        errors.LayoutError,
+        "grid is not a tuple of axis lengths",
+        "(0,)",
+        "1 to 3 positive integers",
+        "like (21, 30, 52)",
+        lambda: BlockLayout((0,), (2,)),
+    ),
+    "window values": Case(
+        errors.ConfigError,
+        "STA.window_thw is not made of positive integers",
+        "(0, 3, 3)",
+        "1 to 3 positive integers",
+        "window_thw=(3, 3, 3)",
+        lambda: cs.STA(window_thw=(0, 3, 3)),
+    ),
+    "window lengths": Case(
+        errors.ConfigError,
+        "windows of different lengths",
+        "((3, 3), (3,))",
+        "the same number of axes for every head",
+        "one (T, H, W) triple",
+        lambda: cs.STA(window_thw=((3, 3), (3,))),
+    ),
+    "window and tile": Case(
+        errors.ConfigError,
+        "different numbers of axes",
+        "window_thw=(3,), tile_thw=(6, 8, 8)",
+        "one tile side per window axis",
+        'tile_thw="auto"',
+        lambda: cs.STA(window_thw=(3,)),
+    ),
+    "mechanism": Case(
+        errors.UnknownMechanismError,
+        "unknown mechanism",
+        "'stta'",
+        "one of auto, dense, sta",
+        "STA(...)",
+        lambda: parse_spec("stta"),
+    ),
+    "field": Case(
+        errors.ConfigFormatError,
+        "unknown field of mechanism 'sta'",
+        "windw",
+        "tile_thw, window_thw",
+        "correct the field name",
+        lambda: parse_spec("sta:windw=3x3x3"),
+    ),
+    "no fields": Case(
+        errors.ConfigFormatError,
+        "unknown field of mechanism 'dense'",
+        "a",
+        "(none)",
+        "correct the field name",
+        lambda: parse_spec("dense:a=1"),
+    ),
+    "spec part": Case(
+        errors.ConfigFormatError,
+        "part of a spec string is not key=value",
+        "'3x3'",
+        "name:key=value",
+        "sta:window_thw=3x3x3",
+        lambda: parse_spec("sta:3x3"),
+    ),
+    "version": Case(
+        errors.ConfigFormatError,
+        "another format version",
+        "version 7",
+        "version 1",
+        "to_json()",
+        lambda: MechanismConfig.from_dict({"version": 7}),
+    ),
+    "no JSON": Case(
+        errors.ConfigFormatError,
+        "not a JSON document",
+        "'{'",
+        "a JSON object",
+        "check the file",
+        lambda: MechanismConfig.from_json("{"),
+    ),
+    "no object": Case(
+        errors.ConfigFormatError,
+        "not an object",
+        "list",
+        '"version"',
+        "to_json()",
+        lambda: MechanismConfig.from_json("[]"),
+    ),
+    "unreachable": Case(
+        errors.ConfigError,
+        "empty or can never be reached",
+        "['*', 'a']",
+        '"*" last',
+        'put the rule "*" at the end',
+        lambda: cs.Policy({"*": "sta", "a": "sta"}),
+    ),
+    "no rules": Case(
+        errors.ConfigFormatError,
+        "holds no policy",
+        "['version']",
+        '"rules"',
+        "Policy.to_json()",
+        lambda: cs.Policy.from_json('{"version": 1}'),
+    ),
+    "unread file": Case(
+        errors.ConfigFormatError,
+        "policy file cannot be read",
+        "missing.json: No such file",
+        "readable JSON file",
+        "check the path",
+        lambda: as_policy("missing.json"),
+    ),
+    "no mapping": Case(
+        errors.ConfigError,
+        "policy rules are not a mapping",
+        "'sta'",
+        "a mapping, or pairs",
+        'Policy({"*": "sta"})',
+        lambda: cs.Policy("sta"),
+    ),
+    "rule": Case(
+        errors.ConfigError,
+        "neither a config nor a spec string",
+        "3",
+        "STA(...)",
+        '"blocks.*.attn1"',
+        lambda: as_policy({"*": 3}),
+    ),
+    "metadata": Case(
+        errors.LayoutError,
+        "metadata without a grid",
+        "grid_thw=None",
+        "the token grid",
+        "grid_thw=(T, H, W)",
+        lambda: enter_metadata(text=cs.Text(1)),
+    ),
+    "inner": Case(
+        errors.UnknownOptionError,
+        "unknown inner compiler",
+        "'gcc'",
+        "inductor, aot_eager, eager",
+        '"inner": "inductor"',
+        lambda: parse_options({"inner": "gcc"}),
+    ),
+    "mode": Case(
+        errors.UnknownOptionError,
+        "unknown mode",
+        "'fast'",
+        "one of default, ",
+        "inductor's own options",
+        lambda: parse_options({"mode": "fast"}),
+    ),
+    "option": Case(
+        errors.UnknownOptionError,
+        "unknown option",
+        "polcy",
+        "policy, inner, mode, strict",
+        "did you mean policy",
+        lambda: parse_options({"polcy": "sta"}),
+    ),
+    "far option": Case(
+        errors.UnknownOptionError,
+        "unknown option",
+        "zzzzqqqq",
+        "torch._inductor.config",
+        "remove it",
+        lambda: parse_options({"zzzzqqqq": 1}),
+    ),
+    "config and grid": Case(
+        errors.LayoutError,
+        "the grid and the config have different numbers of axes",
+        "grid (4, 4), window_thw=(3, 3, 3)",
+        "a grid of 3 axes",
+        "2 sides",
+        lambda: cs.STA().resolve_tile((4, 4)),
+    ),
+    "windows per head": Case(
+        errors.ConfigError,
+        "does not have one window per query head",
+        "3 windows for 4 heads",
+        "1 or 4 windows",
+        "one per query head",
+        lambda: cs.STA(window_thw=((3, 3, 3),) * 3).check_heads(4),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_message_says_what_got_expected_and_next(case: Case) -> None:
+    assert_wording(case)
+
+
+def test_every_error_has_a_case_for_its_wording() -> None:
+    assert raise_statements(MODULES) == raised_at(CASES.values())
+
+
+def test_every_error_class_is_also_a_builtin_error() -> None:
+    classes = [
+        each
+        for each in vars(errors).values()
+        if isinstance(each, type) and each is not errors.CompiledSparseError
+    ]
+    assert len(classes) >= 12
+    builtin = (ValueError, TypeError, RuntimeError, ImportError)
+    assert all(issubclass(each, errors.CompiledSparseError) for each in classes)
+    assert all(issubclass(each, builtin) for each in classes)
+
+
+def test_a_missing_extra_names_the_command_that_installs_it() -> None:
+    error = errors.MissingExtraError("rich", extra="report", purpose="the coloured table")
+    assert isinstance(error, ImportError)
+    assert str(error).splitlines() == [
+        "the coloured table needs the optional package 'rich'",
+        "  got:      import rich failed",
+        "  expected: rich installed",
+        "  next:     pip install 'compiled_sparse[report]'",
+    ]
