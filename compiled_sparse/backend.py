@@ -88,7 +88,9 @@ class _Dispatcher:
         def run(*inputs: Any) -> Any:
             layout = current_layout()
             compiled = variants.get(layout)
-            return (compiled or build(layout))(*inputs)
+            if compiled is None:
+                compiled = build(layout)
+            return compiled(*inputs)
 
         return run
 

@@ -186,13 +186,15 @@ def auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     candidates = [
         tile for tile in itertools.product(*sides) if low <= math.prod(tile) <= _AUTO_TILE_RANGE[1]
     ]
-    compact = [tile for tile in candidates if _imbalance(tile) <= _AUTO_TILE_MAX_IMBALANCE]
+    compact = [tile for tile in candidates if _imbalance(grid, tile) <= _AUTO_TILE_MAX_IMBALANCE]
     whole = tuple(min(extent, max_side) for extent in grid)
     return min(compact or candidates or [whole], key=lambda tile: _tile_cost(grid, tile))
 
 
-def _imbalance(tile: tuple[int, ...]) -> float:
-    return max(tile) / min(tile)
+def _imbalance(grid: tuple[int, ...], tile: tuple[int, ...]) -> float:
+    """Longest over shortest side; an axis of one token leaves no choice and does not count."""
+    sides = [side for extent, side in zip(grid, tile, strict=True) if extent > 1]
+    return max(sides) / min(sides) if sides else 1.0
 
 
 def _useful_sides(extent: int, limit: int) -> list[int]:
@@ -206,6 +208,6 @@ def _tile_cost(grid: tuple[int, ...], tile: tuple[int, ...]) -> tuple[float, ...
     return (
         round(layout.padding_ratio, 6),
         abs(math.log2(layout.block_size / AUTO_TILE_VOLUME)),
-        _imbalance(tile),
+        _imbalance(grid, tile),
         *tile,
     )

@@ -123,18 +123,27 @@ class Report:
         return "\n".join(lines)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
-        """Render as a rich table; used by `rich.print(report)` where rich is installed."""
+        """Render for a terminal of 80 columns; used by `rich.print(report)`."""
         from rich.table import Table
+        from rich.text import Text as Line
 
-        table = Table(title=self.summary(), title_justify="left")
         rows = self.rows()
-        for title in rows[0] if rows else ():
-            table.add_column(title)
+        yield Line(self.summary(), style="bold")
+        table = Table(box=None, pad_edge=False)
+        for title in _TABLE_TITLES if rows else ():
+            table.add_column(title, overflow="fold")
         for row in rows:
-            table.add_row(*row.values(), style="green" if row["decision"] == "sparse" else "dim")
+            style = "green" if row["decision"] == "sparse" else "dim"
+            table.add_row(*(row[title] for title in _TABLE_TITLES), style=style)
         yield table
+        for row in rows:
+            rest = {k: v for k, v in row.items() if k not in _TABLE_TITLES and v not in ("", "-")}
+            yield Line(f"{row['site']}: " + ", ".join(f"{k} {v}" for k, v in rest.items()))
         for reason in _counts(site.reason for site in self.sites if site.reason):
-            yield f"[bold]{reason}[/bold]: {REASONS[reason]}"
+            yield Line.assemble((reason, "bold"), f": {REASONS[reason]}")
+
+
+_TABLE_TITLES = ("site", "kind", "q/k length", "decision", "density", "gain")
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -68,10 +70,13 @@ def all_nodes(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def op_lines(graph: fx.GraphModule) -> str:
-    """Return the lines of a rewritten graph that hold this package's ops or attention calls."""
-    code = graph.print_readable(print_output=False, include_stride=True)
+    """Return the lines of a graph that call attention or read a size, without their types."""
+    code = graph.print_readable(print_output=False)
     lines = [line.split(";")[0].strip() for line in code.splitlines()]
-    return "\n".join(s for s in lines if "compiled_sparse" in s or "attention(" in s)
+    calls = ("compiled_sparse", "attention(", "sym_size")
+    kept = [s for s in lines if not s.startswith("#") and any(call in s for call in calls)]
+    short = [re.sub(r"^(\w+): [^=]*=", r"\1 =", line) for line in kept]
+    return "\n".join(textwrap.fill(line, 92, subsequent_indent="    ") for line in short)
 
 
 class Attention(nn.Module):
@@ -216,3 +221,99 @@ def assert_untouched(
     expected = model(*inputs)
     assert_close(actual, expected)
     return backend
+
+
+class Block(nn.Module):
+    """Self-attention with rotary embedding, cross-attention, feed-forward."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.attn1 = Attention(channels)
+        self.attn2 = Attention(channels)
+        self.up = nn.Linear(channels, 2 * channels)
+        self.down = nn.Linear(2 * channels, channels)
+
+    def forward(self, x: Tensor, text: Tensor, step: Tensor, angles: Tensor) -> Tensor:
+        """Return the block's output for tokens [batch, length, channels]."""
+        normed = F.layer_norm(x, x.shape[-1:]) * (1 + step[:, None])
+        x = x + self.attn1(normed, edit=lambda heads: rotate(heads, angles))
+        x = x + self.attn2(x, text)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding of [batch, length, heads, head_dim] by [length, head_dim]."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    cos, sin = angles.cos()[:, None].type_as(x), angles.sin()[:, None].type_as(x)
+    return x * cos + turned * sin
+
+
+class TinyDiT(nn.Module):
+    """What a video transformer does, in small: called with a video, text tokens and a timestep.
+
+    Args:
+        blocks: Number of blocks.
+        checkpoint: Recompute each block in the backward pass.
+    """
+
+    def __init__(self, blocks: int = 2, *, checkpoint: bool = False) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(2, 16, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList([Block() for _ in range(blocks)])
+        self.head = nn.Linear(16, 8)
+        self.checkpoint = checkpoint
+
+    def forward(self, video: Tensor, text: Tensor, step: Tensor) -> Tensor:
+        """Return a video like the input's."""
+        features = self.patch(video)
+        batch, _, frames, height, width = features.shape
+        x = raster(features)
+        frequencies = torch.linspace(0.1, 1, 8, device=x.device)
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies
+        modulation = (step[:, None] * frequencies.repeat(2) / 10).sin().to(x.dtype)
+        for block in self.blocks:
+            if self.checkpoint:
+                x = torch.utils.checkpoint.checkpoint(
+                    block, x, text, modulation, angles, use_reentrant=False
+                )
+            else:
+                x = block(x, text, modulation, angles)
+        x = self.head(x).unflatten(1, (frames, height, width)).unflatten(-1, (2, 1, 2, 2))
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, 2, frames, 2 * height, 2 * width)
+
+
+def dit_inputs(
+    grid: tuple[int, int, int] = GRID, batch: int = 1, step: float = 500.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return video, text and timestep for `TinyDiT`."""
+    frames, height, width = grid
+    video = torch.randn(batch, 2, frames, 2 * height, 2 * width)
+    return video, torch.randn(batch, 7, 16), torch.full((batch,), step)
+
+
+def compile_sparse(model: Any, *, dynamic: bool | None = None, **options: Any) -> Any:
+    """Compile by name as a user does, with the test's policy and the eager inner compiler."""
+    options = {"policy": POLICY, "inner": "eager", **options}
+    return torch.compile(
+        model, backend="compiled_sparse", fullgraph=True, dynamic=dynamic, options=options
+    )
+
+
+def parameter_gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of a fixed random projection of the output, by parameter."""
+    torch.manual_seed(1)
+    weights = torch.randn(output.shape).to(output.dtype)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad((output * weights).sum(), parameters)
+    return dict(zip(names, gradients, strict=True))
+
+
+def assert_gradients_close(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-5
+) -> None:
+    """Compare gradients by name, relative to the largest element of all."""
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = float((actual[name] - gradient).abs().max())
+        assert error <= relative * largest, f"{name}: error {error:.3e}"

@@ -201,10 +201,10 @@ CASES = {
     "option": Case(
         errors.UnknownOptionError,
         "unknown option",
-        "polcy",
+        "polixy",
         "policy, inner, mode, strict",
         "did you mean policy",
-        lambda: parse_options({"polcy": "sta"}),
+        lambda: parse_options({"polixy": "sta"}),
     ),
     "far option": Case(
         errors.UnknownOptionError,

@@ -65,7 +65,9 @@ def test_a_policy_of_automatic_rules_only_is_automatic() -> None:
     assert not parse_options({"policy": {"a": "dense", "*": "auto"}}).is_automatic
 
 
-@pytest.mark.parametrize("options", [{"polcy": "sta"}, {"inner": "gcc"}, {"mode": "fast"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"polixy": "sta"}, {"inner": "gcc"}, {"mode": "fast"}], ids=str
+)
 def test_what_nobody_knows_is_refused(options: dict) -> None:
     with pytest.raises(UnknownOptionError, match="unknown"):
         parse_options(options)

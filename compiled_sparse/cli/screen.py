@@ -103,12 +103,6 @@ class Screen:
         self.console.print(table, highlight=False)
 
     def report(self, report: Report) -> None:
-        """Print what was decided for each attention call, in columns that fit 80 characters."""
-        columns = ("q/k length", "decision", "density", "gain")
-        rows = []
-        for row in report.rows():
-            site, _, calls = row["site"].partition(" (")
-            cells = (row[name] for name in columns)
-            reason = row["reason"].partition(" (")[0]
-            rows.append((site, calls.partition(" ")[0] or "1", *cells, reason))
-        self.table(report.summary(), rows, ("site", "calls", *columns, "reason"))
+        """Print what was decided for each attention call."""
+        self.line()
+        self.console.print(report, highlight=False)

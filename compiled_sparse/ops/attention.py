@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Literal
 from typing import overload
 
@@ -102,7 +103,7 @@ def attention(
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
     text = text or Text()
-    tile = config.resolve_tile(tuple(grid_thw))
+    tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     out, lse = torch.ops.compiled_sparse.sta(
         q,
@@ -117,6 +118,22 @@ def attention(
         scale,
     )
     return (out, lse) if return_lse else out
+
+
+def _resolve_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
+    if config.tile_thw != "auto":
+        return config.resolve_tile(grid)
+    # The choice follows the grid: a traced grid becomes constant, so that each compiles anew.
+    return _choose_tile(config, tuple(operator.index(side) for side in grid))
+
+
+def _choose_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
+    return config.resolve_tile(grid)
+
+
+# Dynamo runs the search instead of tracing it. This is what torch.compiler.assume_constant_result
+# sets; calling that here would import Dynamo with the package.
+_choose_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_self_attention(q: Tensor, k: Tensor, config: STA) -> None:

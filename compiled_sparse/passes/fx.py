@@ -33,8 +33,15 @@ def storage_of(node: fx.Node) -> set[int]:
     """Return the identities of the memory behind a node's tensors; views share their base's."""
     value = example_value(node)
     tensors = value if isinstance(value, tuple | list) else (value,)
-    dense = (t for t in tensors if isinstance(t, torch.Tensor) and t.layout is torch.strided)
-    return {tensor.untyped_storage()._cdata for tensor in dense}
+    plain = [_without_transforms(t) for t in tensors if isinstance(t, torch.Tensor)]
+    return {t.untyped_storage()._cdata for t in plain if torch._C._has_storage(t)}
+
+
+def _without_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor inside `vmap` and its like."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def same(left: Any, right: Any) -> bool:

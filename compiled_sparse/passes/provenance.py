@@ -94,6 +94,7 @@ class Provenance:
         self._outer = outer
         self._arguments = list(arguments)
         self._values: dict[fx.Node, TrackValue] = {}
+        self._by_storage: dict[int, list[fx.Node]] = {}
         self._from_video: set[fx.Node] = set()
 
     def run(self) -> Iterator[Visit]:
@@ -106,6 +107,8 @@ class Provenance:
                 yield from self._enter(node)
             else:
                 self._values[node] = self._fitting(node, self._visit(node))
+            for storage in storage_of(node):
+                self._by_storage.setdefault(storage, []).append(node)
             if any(self.is_from_video(argument) for argument in node.all_input_nodes):
                 self._from_video.add(node)
 
@@ -145,7 +148,8 @@ class Provenance:
         What was known of other views of the same memory no longer holds; views that held nothing
         are unknown from now on, anything else ends the analysis.
         """
-        aliases = [other for other in self._values if _share_memory(other, target)]
+        views = [view for storage in storage_of(target) for view in self._by_storage[storage]]
+        aliases = [view for view in dict.fromkeys(views) if view is not target]
         if self.is_from_video(node) or any(map(self.is_from_video, node.all_input_nodes)):
             self._from_video.update([target, *aliases])
         if tracks == self.of(target):
@@ -268,10 +272,6 @@ def _is_trusted(node: fx.Node) -> bool:
     if isinstance(node.target, _OPERATIONS):
         return _module_of(node).split(".")[:3] == ["torch", "_ops", "aten"]
     return _is_torch(node)
-
-
-def _share_memory(left: fx.Node, right: fx.Node) -> bool:
-    return left is not right and not storage_of(left).isdisjoint(storage_of(right))
 
 
 def _is_state(node: fx.Node) -> bool:

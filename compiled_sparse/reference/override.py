@@ -63,12 +63,12 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
     def _applies(self, call: dict[str, Any]) -> bool:
         query, key = call["query"], call["key"]
         length = torch.Size(self.grid_thw).numel() + self.text.before + self.text.after
-        fits = query.dim() == 4 and query.shape[2] == key.shape[2] == length
-        return fits and not call["is_causal"] and not call["dropout_p"] and _is_padding(call)
+        if query.dim() != 4 or not query.shape[2] == key.shape[2] == length:
+            return False
+        return not call["is_causal"] and not call["dropout_p"] and _is_padding(call["attn_mask"])
 
 
-def _is_padding(call: dict[str, Any]) -> bool:
-    mask = call["attn_mask"]
+def _is_padding(mask: Tensor | None) -> bool:
     if mask is None:
         return True
     return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)

@@ -435,6 +435,23 @@ def test_thread_count_changes_only_the_rounding_of_key_gradients() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_heads_too_large_to_be_packed_together() -> None:
+    """A head takes the place of another only once all queries of that one are done."""
+    x = make(replace(BASE, q_heads=4, kv_heads=4, q_len=300, kv_len=3000, dim=512, width=6))
+    alone = [
+        replace(
+            x,
+            **{name: getattr(x, name)[:, h : h + 1] for name in ("q", "k", "v")},
+            block_indices=x.block_indices[:, h : h + 1],
+            block_counts=x.block_counts[:, h : h + 1],
+        ).forward(native)[0]
+        for h in range(4)
+    ]
+    for _ in range(5):
+        assert torch.equal(x.forward(native)[0], torch.cat(alone, 1))
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_python_threads_share_the_kernels(kernel: ModuleType) -> None:
     problems = [make(replace(BASE, q_heads=4, q_len=400, kv_len=400), seed) for seed in range(4)]
     gradients = [random_gradients(x) for x in problems]
@@ -457,7 +474,7 @@ def test_python_threads_share_the_kernels(kernel: ModuleType) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda x: x.block_counts.fill_(3),
+        lambda x: (x.block_counts[..., 0].fill_(3), x.block_indices.fill_(0)),
         lambda x: x.block_counts.fill_(-1),
         lambda x: (x.block_counts.fill_(1), x.block_indices.fill_(3)),
         lambda x: x.kv_tokens.masked_fill_(x.kv_tokens == 149, 150),

@@ -214,3 +214,115 @@ def test_a_message_says_what_got_expected_and_next(case: Case) -> None:
 
 def test_every_error_has_a_case_for_its_wording() -> None:
     assert raise_statements(MODULES) == raised_at(CASES.values())
+
+
+def heads(count: int, head_dim: int = 8) -> torch.Tensor:
+    return torch.zeros(2, count, 12, head_dim)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k": heads(3), "v": heads(3)},
+        {"k": heads(8), "v": heads(8)},
+        {"k": heads(0), "v": heads(0)},
+        {"k": heads(4)[:1], "v": heads(4)[:1]},
+        {"k": heads(4, 16), "v": heads(4, 16)},
+        {"v": heads(4, 16)},
+        {"v": heads(4)[:, :, :11]},
+        {"q": heads(4, 513), "k": heads(4, 513), "v": heads(4, 513)},
+        {"q": heads(4, 0), "k": heads(4, 0), "v": heads(4, 0)},
+    ],
+    ids=lambda changes: ", ".join(f"{k} {tuple(v.shape)}" for k, v in changes.items()),
+)
+def test_shapes_that_do_not_fit_are_refused(changes: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(errors.ShapeError, match="q, k and v do not fit each other"):
+        call(**changes)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("change", [lambda x: x[0], lambda x: x[None]], ids=["3-D", "5-D"])
+def test_each_tensor_of_another_rank_is_named(name: str, change: Any) -> None:
+    with pytest.raises(errors.ShapeError, match=f"{name} has the wrong rank"):
+        call(**{name: change(Q)})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_without_arithmetic_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(errors.DtypeError, match="unsupported or different dtypes"):
+        call(q=Q.to(dtype), k=Q.to(dtype), v=Q.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_each_tensor_of_another_dtype_is_refused(name: str) -> None:
+    with pytest.raises(errors.DtypeError, match=f"{name} torch.bfloat16"):
+        call(**{name: Q.bfloat16()})
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 11), (1, 12), (12, 2), (2, 4, 12)], ids=str)
+def test_a_key_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(errors.ShapeError, match="key_mask has the wrong shape"):
+        call(key_mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["block_indices", "block_counts"])
+def test_each_list_of_another_dtype_is_refused(name: str) -> None:
+    lists = {"block_indices": INDICES, "block_counts": COUNTS}
+    with pytest.raises(errors.DtypeError, match=rf"{name} torch\.int64"):
+        call(**{name: lists[name].long()})
+
+
+@pytest.mark.parametrize(
+    "shape", [(12,), (1, 12), (2, 3, 12), (3, 1, 12), (1, 2, 12), (1, 1, 13)], ids=str
+)
+def test_lists_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    indices = torch.zeros(*shape, 2, dtype=torch.int32)
+    counts = torch.zeros(shape, dtype=torch.int32)
+    with pytest.raises(errors.ShapeError, match="block lists have the wrong shape"):
+        call(block_indices=indices, block_counts=counts)
+
+
+@pytest.mark.parametrize("index", [-1, 12, 2**31 - 1])
+def test_an_index_outside_the_key_blocks_is_refused(index: int) -> None:
+    indices = INDICES.clone()
+    indices[0, 0, 5, 3] = index
+    with pytest.raises(errors.BlockListError, match=f"index {index}"):
+        call(block_indices=indices)
+
+
+@pytest.mark.parametrize("count", [-1, 13])
+def test_a_count_outside_the_list_is_refused(count: int) -> None:
+    counts = COUNTS.clone()
+    counts[0, 0, 5] = count
+    with pytest.raises(errors.BlockListError, match="block_counts is out of range"):
+        call(block_counts=counts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"grid": (2, 5)}, errors.LayoutError, "different numbers of axes"),
+        ({"grid": (2, 6), "q_tile": (1, 1), "kv_tile": (1,)}, errors.LayoutError, "axes"),
+        ({"grid": (0,)}, errors.LayoutError, "grid is not a tuple of axis lengths"),
+        ({"kv_tile": (0,)}, errors.LayoutError, "tile is not a tuple of axis lengths"),
+        ({"text_after": 1}, errors.LayoutError, "do not add up to the length of q"),
+        ({"text_before": -1}, errors.LayoutError, r"Text\.before"),
+        (
+            {
+                "grid": (3, 4),
+                "q_tile": (3, 4),
+                "kv_tile": (3, 4),
+                "k": Q[:, :, :9],
+                "v": Q[:, :, :9],
+            },
+            errors.LayoutError,
+            "do not add up to the length of k",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_geometry_that_does_not_describe_the_tensors_is_refused(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(**changes)

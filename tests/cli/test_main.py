@@ -1,0 +1,79 @@
+"""The command line: arguments, exit status, what goes to which stream."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from compiled_sparse.cli import main
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"compiled_sparse {metadata.version('compiled-sparse')}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["plot"]])
+def test_every_command_explains_itself(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert "compiled-sparse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "COMMAND"),
+        (["demoo"], "demoo"),
+        (["demo", "--grid", "3", "4"], "expected 3 arguments"),
+        (["demo", "--grid", "a", "4", "4"], "invalid int value: 'a'"),
+        (["demo", "--layers", "0"], "0 is less than 1"),
+        (["demo", "--layers", "two"], "invalid integer value: 'two'"),
+        (["demo", "--dtype", "int8"], "int8"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_status_2(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert not captured.out
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "compiled_sparse", "plot", "--output", "pattern.svg"]
+    grid = ["--grid", "4", "8", "8", "--tile", "2", "4", "4", "--text", "0", "5"]
+    done = subprocess.run(
+        [*command, *grid, "--query-tile", "0", "1", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()) == tmp_path / "pattern.svg"
+    assert (tmp_path / "pattern.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_an_error_of_the_package_is_printed_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "pattern.png"
+    assert main(["plot", "--grid", "0", "8", "8", "--output", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.startswith("LayoutError: grid is not a tuple of axis lengths\n  got: ")
+    assert "Traceback" not in captured.err
+    assert not path.exists()
