@@ -256,7 +256,7 @@ def test_the_mode_argument_reaches_the_backend() -> None:
 @pytest.mark.parametrize(
     ("option", "known"),
     [
-        ({"polcy": "sta"}, "did you mean policy"),
+        ({"polixy": "sta"}, "did you mean policy"),
         ({"inner": "tvm"}, "one of inductor, aot_eager, eager"),
         ({"policy": "stb"}, "one of auto, dense, sta"),
         ({"mode": "fast"}, "reduce-overhead"),

@@ -56,6 +56,7 @@ def _replaced(tracks: Tracks, index: int, *new: Track) -> Tracks:
 
 @rule(*POINTWISE)
 def pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
+    """Combine the tracks of all tensor operands of a node, aligned from the last dimension."""
     shape = shape_of(node)
     if shape is None:
         return None
@@ -66,6 +67,7 @@ def pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
 def broadcast_tracks(
     analysis: Provenance, node: fx.Node, shape: Sequence[Any], operands: Sequence[fx.Node]
 ) -> Tracks:
+    """Combine the tracks of `operands` broadcast to `shape`; contradictions become unknown."""
     result = list(constant_tracks(shape))
     for operand in operands:
         operand_shape = shape_of(operand) or ()
@@ -321,6 +323,7 @@ def _index_tracks(analysis: Provenance, node: fx.Node, source: fx.Node, items: l
 
 
 def slice_dim(track: Track, size: Any, item: slice) -> Track | None:
+    """Return the track of a slice of one dimension, or None if it cannot be followed."""
     if item.step not in (None, 1):
         return None
     start = _position(item.start, size, 0)
