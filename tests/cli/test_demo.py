@@ -139,13 +139,13 @@ def test_a_missing_package_is_named_before_any_work_is_done(
 
 
 def test_without_a_working_inductor_the_demo_uses_eager_unless_inductor_was_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert trial._working_inner(None) == "eager"
-    with pytest.raises(trial.InnerCompilerError) as caught:
-        trial._working_inner("inductor")
+    no_compiler = {"cpp.cxx": (None, str(tmp_path / "no-compiler")), "force_disable_caches": True}
+    with torch._inductor.config.patch(no_compiler):
+        assert trial._working_inner(None) == "eager"
+        with pytest.raises(trial.InnerCompilerError) as caught:
+            trial._working_inner("inductor")
     assert "C++ compiler" in caught.value.got
     assert "--inner eager" in caught.value.next_step
 
