@@ -56,7 +56,6 @@ POINTWISE = (
     "tanh",
     "true_divide",
     "truediv",
-    "where",
 )
 LIKE_FIRST = (
     "alias",

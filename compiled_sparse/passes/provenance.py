@@ -22,6 +22,7 @@ from torch._ops import OpOverloadPacket
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
@@ -43,6 +44,10 @@ _OPERATIONS = OpOverload | OpOverloadPacket
 _IN_PLACE_NAME = re.compile(r".*[^_]_|__(?:i[a-z]+|setitem)__")
 _STATE_NAME = re.compile(r"\b_(?:parameters|buffers)(?:'\])?\[")
 _WRITING_NAMES = frozenset({"triton_kernel_wrapper_mutation"})
+_SHAPE_WRITES = frozenset(
+    {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_"}
+    | {"t_", "transpose_", "unsqueeze_"}
+)
 _WRITING_OPERATORS = frozenset(
     {"setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"}
     | {"imatmul", "iand", "ior", "ixor", "ilshift", "irshift", "iconcat"}
@@ -99,6 +104,8 @@ class Provenance:
 
     def run(self) -> Iterator[Visit]:
         """Walk the graph, yielding each node before its own rule is applied."""
+        if self._outer is None:
+            self.lost_at = next(_shape_writes(self.owner), None)
         for node in self.owner.graph.nodes:
             yield Visit(node, self.owner, self)
             if node.op == "output":
@@ -154,6 +161,8 @@ class Provenance:
             self._from_video.update([target, *aliases])
         if tracks == self.of(target):
             return
+        if self._outer is not None and any(view.op == "placeholder" for view in views):
+            self.lose(node)  # what the outer graph holds has changed too
         for other in aliases:
             if not self._is_constant(other):
                 self.lose(node)
@@ -234,6 +243,19 @@ class Provenance:
         if isinstance(result, tuple | list):
             return [self._outputs(item) for item in result]
         return self._values.get(result) if isinstance(result, fx.Node) else None
+
+
+def _shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:
+    """Writes that change a tensor's shape in place.
+
+    Dynamo records one value per tensor, so that even the nodes before such a write show the shape
+    it has after it.
+    """
+    for node in owner.graph.nodes:
+        if op_name(node).split(".")[0] in _SHAPE_WRITES:
+            yield node
+    for _, submodule in nested_graphs(owner):
+        yield from _shape_writes(submodule)
 
 
 def _may_write(node: fx.Node) -> bool:

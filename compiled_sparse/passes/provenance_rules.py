@@ -27,6 +27,7 @@ from compiled_sparse.passes.tracks import Part
 from compiled_sparse.passes.tracks import StreamPart
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import common
 from compiled_sparse.passes.tracks import constant_tracks
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import merge
@@ -79,6 +80,22 @@ def broadcast_tracks(
             merged = merge(result[offset + i], track)
             result[offset + i] = merged or stream(shape[offset + i], (node, offset + i))
     return tuple(result)
+
+
+@rule("where")
+def _where(analysis: Provenance, node: fx.Node) -> TrackValue:
+    """Choose between two tensors position by position: they must be the same tokens."""
+    shape = shape_of(node)
+    if shape is None:
+        return None
+    condition = _argument(node, 1 if node.op == "call_method" else 0, "condition")
+    operands = [n for n in node.all_input_nodes if n is not condition and shape_of(n) is not None]
+    choices = [broadcast_tracks(analysis, node, shape, [operand]) for operand in operands]
+    result = broadcast_tracks(analysis, node, shape, operands)
+    return tuple(
+        track if all(c == track or is_constant(c) for c in each) else stream(shape[i], (node, i))
+        for i, (track, *each) in enumerate(zip(result, *choices, strict=True))
+    )
 
 
 @rule(*LIKE_FIRST)
@@ -216,7 +233,7 @@ def _concatenate(analysis: Provenance, node: fx.Node) -> TrackValue:
         tracks = analysis.of(operand)
         joined.extend(part for part in tracks[dim] if not same(part.size, 0))
         others = _replaced(tracks, dim, stream(shape[dim]))
-        result = others if result is None else _merge_all(node, shape, result, others)
+        result = others if result is None else _side_by_side(node, shape, result, others)
     return None if result is None else _replaced(result, dim, _named_constants(node, joined))
 
 
@@ -236,9 +253,10 @@ def _are_of_rank(operands: Any, rank: int) -> bool:
     return is_list and all(isinstance(n, fx.Node) and _rank(n) == rank for n in operands)
 
 
-def _merge_all(node: fx.Node, shape: Sequence[Any], left: Tracks, right: Tracks) -> Tracks:
-    merged = [merge(a, b) for a, b in zip(left, right, strict=True)]
-    return tuple(m or stream(shape[i], (node, i)) for i, m in enumerate(merged))
+def _side_by_side(node: fx.Node, shape: Sequence[Any], left: Tracks, right: Tracks) -> Tracks:
+    """Combine the tracks of joined tensors: what one holds says nothing of the other."""
+    joined = [common(a, b) for a, b in zip(left, right, strict=True)]
+    return tuple(track or stream(shape[i], (node, i)) for i, track in enumerate(joined))
 
 
 @rule("stack")
@@ -248,9 +266,12 @@ def _stack(analysis: Provenance, node: fx.Node) -> TrackValue:
     if shape is None or not _are_of_rank(operands, len(shape) - 1):
         return None
     dim = _argument(node, 1, "dim", 0) % len(shape)
-    inner = [size for i, size in enumerate(shape) if i != dim]
-    tracks = broadcast_tracks(analysis, node, inner, operands)
-    return (*tracks[:dim], stream(shape[dim], (node, dim)), *tracks[dim:])
+    result: Tracks | None = None
+    for operand in operands:
+        tracks = analysis.of(operand)
+        tracks = (*tracks[:dim], stream(shape[dim], (node, dim)), *tracks[dim:])
+        result = tracks if result is None else _side_by_side(node, shape, result, tracks)
+    return result
 
 
 @rule("chunk", "split", "tensor_split", "split_with_sizes", "unbind")

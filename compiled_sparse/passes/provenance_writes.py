@@ -22,9 +22,9 @@ from compiled_sparse.passes.provenance_rules import pointwise
 from compiled_sparse.passes.provenance_rules import slice_dim
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import common
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import is_constant
-from compiled_sparse.passes.tracks import merge
 from compiled_sparse.passes.tracks import stream
 
 
@@ -103,8 +103,8 @@ def _is_whole(track: Track, size: Any, item: Any) -> bool:
 
 def _beside(old: Track, new: Track, fresh: Track) -> Track | None:
     """Old and new content share a dimension of which both hold all positions."""
-    if is_constant(new) or old == new:
+    if is_constant(new):
         return old
     if is_constant(old):
         return new
-    return None if has_video(old) or has_video(new) else merge(old, new) or fresh
+    return common(old, new) or (None if has_video(old) else fresh)

@@ -101,6 +101,8 @@ def _prove(
     site: Site, config: MechanismConfig, given: LayoutMetadata | None
 ) -> tuple[SiteLayout, Chosen] | Refused | Refusal:
     """Default deny: every condition must hold, the first that does not is the reason."""
+    if not isinstance(site.tensor("query"), FakeTensor):
+        return Refused("rank_unsupported", "inside a function transform such as vmap")
     refused = (
         _call_supported(site)
         or tensors_supported(site.tensor("query"), site.tensor("value"))

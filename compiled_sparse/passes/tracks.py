@@ -137,6 +137,36 @@ def _merge_parts(left: Part, right: Part) -> Track | None:
     return (left,) if isinstance(left, VideoPart) else (right,)
 
 
+def common(left: Track, right: Track) -> Track | None:
+    """What is true of both of two tracks, where none mixes with the other.
+
+    Args:
+        left: Track of one tensor's dimension.
+        right: Track of the other's, of the same length.
+
+    Returns:
+        The same video, or the origins both streams have; None where there is nothing.
+    """
+    if left == right:
+        return left
+    if len(left) != len(right):
+        return None
+    shared = [_common_part(a, b) for a, b in zip(left, right, strict=True)]
+    parts = tuple(part for part in shared if part is not None)
+    return parts if len(parts) == len(left) else None
+
+
+def _common_part(left: Part, right: Part) -> Part | None:
+    if not same(left.size, right.size):
+        return None
+    if isinstance(left, VideoPart) and isinstance(right, VideoPart):
+        return left if _same_raster(left, right) else None
+    if isinstance(left, StreamPart) and isinstance(right, StreamPart):
+        origins = left.origins & right.origins
+        return StreamPart(origins, left.size) if origins else None
+    return None
+
+
 def _same_raster(left: VideoPart, right: VideoPart) -> bool:
     """Whether two patch embeddings, of a video and of its control signal, run over one grid."""
     grids = zip(left.grid, right.grid, strict=True)

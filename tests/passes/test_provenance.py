@@ -220,6 +220,21 @@ def test_residuals_feed_forward_and_modulation_keep_the_layout() -> None:
     assert_close(actual, expected_output(model, *inputs))
 
 
+def test_partly_rotated_heads_of_tokens_from_outside_stay_the_same_tokens() -> None:
+    attn = Tiny(lambda m: m).attn
+
+    def model(x: Tensor, angles: Tensor) -> Tensor:
+        def edit(heads: Tensor) -> Tensor:
+            return torch.cat([heads[..., :4] * angles, heads[..., 4:]], -1)
+
+        return attn(x, edit=edit)
+
+    inputs = (tokens(), torch.randn(1, LENGTH, 1, 4))
+    backend, actual = record(model, *inputs, grid_thw=GRID)
+    assert backend.outcomes == ["sparse"]
+    assert_close(actual, expected_output(model, *inputs))
+
+
 # More than one sequence.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def _written_by_pieces(x: Tensor) -> Tensor:
     out[:, : LENGTH // 2] = x[:, LENGTH // 2 :]
     out[:, LENGTH // 2 :] = x[:, : LENGTH // 2]
     return out
+
+
+def _written_by_members_of_a_batch(x: Tensor) -> Tensor:
+    out = x.new_empty(2, *x.shape[1:])
+    out[0] = x[0]
+    out[1] = x[0].flip(0)
+    return out[:1]
 
 
 def _written_token_by_token(x: Tensor) -> Tensor:
@@ -111,12 +119,21 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "mixed with channels": lambda x: x.transpose(1, 2).reshape(x.shape),
     "scatter": lambda x: torch.zeros_like(x).scatter(1, PERMUTATION[None, :, None].expand_as(x), x),
     "index_copy": lambda x: torch.zeros_like(x).index_copy(1, PERMUTATION, x),
+    "a batch of two orders": lambda x: torch.cat([x, x.flip(1)])[:1],
+    "heads of two orders": lambda x: torch.cat(
+        [x[..., None, :8], x[..., None, 8:].flip(1)], 2
+    ).flatten(2),
+    "channels of two orders": lambda x: torch.cat([x[..., :8], x[..., 8:].flip(1)], -1),
+    "stack of two orders": lambda x: torch.stack([x, x.flip(1)])[0],
+    "chosen by a mask": lambda x: torch.where(torch.arange(LENGTH)[:, None] < 9, x, x.flip(1)),
+    "chosen by a mask, without a batch": lambda x: x.where(x > 0, x[0].flip(0)),
     "unfold": lambda x: x.unfold(1, 2, 2).permute(0, 3, 1, 2).flatten(1, 2),
 }
 
 WRITES: dict[str, Callable[[Tensor], Tensor]] = {
     "out=": _out_argument,
     "written by pieces": _written_by_pieces,
+    "written by members of a batch": _written_by_members_of_a_batch,
     "written token by token": _written_token_by_token,
     "written through a view": _written_through_a_view,
     "overwritten through a view": _overwritten_through_a_view,
@@ -209,3 +226,47 @@ def test_tokens_moved_back_and_added_to_themselves_are_raster_order_again() -> N
         return m.attn(x)
 
     assert_rewritten(Tiny(body), video())
+
+
+def test_a_shape_changed_in_place_later_does_not_change_the_grid_of_earlier_calls() -> None:
+    def body(m: Tiny, x: Tensor) -> Tensor:
+        out = m.attn(raster(x))
+        x.transpose_(3, 4)
+        return out + x.sum()
+
+    model = Tiny(body).requires_grad_(False)
+    backend = assert_untouched(model, video(), reason="layout_unknown")
+    assert backend.decisions[0].detail == "tensor written in place by 'transpose_'"
+
+
+def test_a_write_inside_activation_checkpointing_is_seen_outside() -> None:
+    def reverse(x: Tensor) -> Tensor:
+        x[:] = x.flip(1)
+        return x.sum()
+
+    def body(m: Tiny, x: Tensor) -> Tensor:
+        x = raster(x).clone()
+        total = torch.utils.checkpoint.checkpoint(reverse, x, use_reentrant=False)
+        return m.attn(x) + total
+
+    model = Tiny(body).requires_grad_(False)
+    assert_untouched(model, video(), reason="layout_unknown")
+
+
+class Reverse(torch.autograd.Function):
+    """Move tokens in a function with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Reverse the tokens."""
+        return x.flip(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Reverse them back."""
+        return grad.flip(1)
+
+
+def test_a_custom_autograd_function_is_not_looked_into() -> None:
+    model = Tiny(lambda m, x: m.attn(Reverse.apply(raster(x))))
+    assert_untouched(model, video(), reason="layout_unknown")

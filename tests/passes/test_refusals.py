@@ -155,6 +155,16 @@ def test_tensors_the_op_does_not_take_are_refused(
     assert_untouched(model, q, reason=reason, grid_thw=GRID)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_call_inside_vmap_is_refused() -> None:
+    attn = SELF_ATTENTION.attn
+
+    def model(x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: attn(row[None])[0])(x)
+
+    assert_untouched(model, tokens(2), reason="rank_unsupported", grid_thw=GRID)
+
+
 def test_a_dtype_without_a_kernel_is_refused() -> None:
     model, q = _attend_directly((1, 1, LENGTH, 8))
     torch._dynamo.reset()

@@ -96,8 +96,8 @@ class _Piece:
     kv_tokens: Tensor
     masked: Tensor | None
 
-    def key_steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield key tokens int64 [C, S] and which of them are hidden, bool [C, S]."""
+    def key_steps(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield key tokens int64 [C, S] and which of them are hidden, bool [C, S] or None."""
         width = max(1, _KEYS_PER_STEP // self.kv_tokens.shape[1])
         for start in range(0, self.listed.shape[1], width):
             tokens = self.kv_tokens[self.listed[:, start : start + width]].long()
@@ -105,7 +105,8 @@ class _Piece:
             tokens = tokens.clamp_min(0)
             if self.masked is not None:
                 hidden = hidden | self.masked[tokens]
-            yield tokens.flatten(1), hidden.flatten(1)
+            # Filling is a pass over all scores: worth leaving out where nothing is hidden.
+            yield tokens.flatten(1), hidden.flatten(1) if hidden.any() else None
 
     def scatter(self, rows: Tensor, target: Tensor) -> None:
         """Write rows [C, Eq, D] of queries to their tokens in target [Lq, D]."""
@@ -200,7 +201,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, piece: _Piece) -> tuple[Tensor, Ten
     total = torch.zeros_like(top)
     for tokens, hidden in piece.key_steps():
         keys, values = _gather(k, tokens, hidden), _gather(v, tokens, hidden)
-        scores = (q @ keys.mT).masked_fill_(hidden[:, None], float("-inf"))
+        scores = q @ keys.mT
+        if hidden is not None:
+            scores.masked_fill_(hidden[:, None], float("-inf"))
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         # Where nothing is visible yet, -inf - 0 gives weight 0 and -inf - -inf would give NaN.
         reference = higher.masked_fill(higher == float("-inf"), 0)
@@ -218,7 +221,9 @@ def _differentiate(queries: _QueryRows, keys: _KeyHead, piece: _Piece) -> Tensor
     grad_q = torch.zeros_like(queries.q)
     for tokens, hidden in piece.key_steps():
         k, v = _gather(keys.k, tokens, hidden), _gather(keys.v, tokens, hidden)
-        p = (queries.q @ k.mT).sub_(queries.lse).exp_().masked_fill_(hidden[:, None], 0)
+        p = (queries.q @ k.mT).sub_(queries.lse).exp_()
+        if hidden is not None:
+            p.masked_fill_(hidden[:, None], 0)
         grad_scores = (queries.grad_out @ v.mT).sub_(queries.delta).mul_(p)
         grad_q.baddbmm_(grad_scores, k)
         flat = tokens.flatten()
@@ -228,10 +233,11 @@ def _differentiate(queries: _QueryRows, keys: _KeyHead, piece: _Piece) -> Tensor
     return grad_q
 
 
-def _gather(source: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
+def _gather(source: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
     """Return rows [*tokens.shape, D] of source [L, D] to compute with, zero where hidden."""
     rows = source.index_select(0, tokens.flatten()).to(_compute_dtype(source))
-    return rows.view(*tokens.shape, -1).masked_fill_(hidden[..., None], 0)
+    rows = rows.view(*tokens.shape, -1)
+    return rows if hidden is None else rows.masked_fill_(hidden[..., None], 0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

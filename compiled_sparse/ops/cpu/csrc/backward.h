@@ -81,7 +81,7 @@ inline T dot(const T* a, const T* b, int dim) {
     return sum;
 }
 
-// Fills the query side of the scratch; queries that saw no key become all zero.
+// Fills the query side of the scratch; queries with an lse of -inf become all zero.
 template <class T>
 inline void load_queries(const QueryHead<T>& head, const QueryPart& part, int dim, T factor,
                          const BackwardScratch<T>& w) {
@@ -90,20 +90,22 @@ inline void load_queries(const QueryHead<T>& head, const QueryPart& part, int di
     const int padded = static_cast<int>(round_up(part.count, kLanes<T>));
     std::fill(w.lse, w.lse + padded, T(0));
     std::fill(w.delta, w.delta + padded, T(0));
+    // w.q_rows holds the output until delta is known.
     gather_queries(head.out, part, dim, T(1), w.q_rows);
     gather_queries(head.grad_out, part, dim, T(1), w.grad_rows);
     for (int i = 0; i < part.count; ++i) {
         const int32_t token = part.tokens[i];
-        T* grad = w.grad_rows + i * ldd;
-        if (head.lse[token] == -std::numeric_limits<T>::infinity()) {
-            std::fill(grad, grad + dim, T(0));
-            continue;
-        }
         w.lse[i] = head.lse[token];
-        w.delta[i] = dot(w.q_rows + i * ldd, grad, dim);
+        w.delta[i] = dot(w.q_rows + i * ldd, w.grad_rows + i * ldd, dim);
         if (head.grad_lse) w.delta[i] -= head.grad_lse[token];
     }
     gather_queries(head.q, part, dim, factor, w.q_rows);
+    for (int i = 0; i < part.count; ++i) {
+        if (w.lse[i] != -std::numeric_limits<T>::infinity()) continue;
+        std::fill(w.q_rows + i * ldd, w.q_rows + i * ldd + dim, T(0));
+        std::fill(w.grad_rows + i * ldd, w.grad_rows + i * ldd + dim, T(0));
+        w.lse[i] = w.delta[i] = T(0);
+    }
     transpose(w.q_rows, ldd, w.q, stride, part.count, dim);
     transpose(w.grad_rows, ldd, w.grad, stride, part.count, dim);
 }

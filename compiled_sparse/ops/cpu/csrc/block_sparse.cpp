@@ -36,7 +36,8 @@ Problem with_useful_threads(Problem p) {
     const int64_t parts = block_sparse::round_up(p.q_block, block_sparse::kMaxQueries) /
                           block_sparse::kMaxQueries;
     const int64_t items = p.batch * p.q_heads * p.q_blocks * parts;
-    p.threads = static_cast<int32_t>(std::clamp<int64_t>(p.threads, 1, std::max<int64_t>(items, 1)));
+    const int64_t useful = std::max<int64_t>(items, 1);
+    p.threads = static_cast<int32_t>(std::clamp<int64_t>(p.threads, 1, useful));
     return p;
 }
 
