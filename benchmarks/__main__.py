@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch._inductor.config
+
 from benchmarks import kernel
 from benchmarks import model
 from benchmarks import overhead
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="timed rounds per case")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
     arguments = parser.parse_args()
+    # Inductor's pool of compile workers starts in the background, on the cores that are measured.
+    torch._inductor.config.compile_threads = 1
     record: dict[str, Any] = {"environment": environment(), "suites": {}}
     for name in arguments.suites or SUITES:
         record["suites"][name] = SUITES[name](arguments.rounds)

@@ -14,20 +14,26 @@ from typing import Any
 import torch
 
 
+WARM_UP_SECONDS = 3.0
+
+
 def interleaved_medians(
     functions: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, float]:
     """Time functions in turns, so that a noisy moment hits all of them.
 
     Args:
-        functions: What to time, by name; each is called once before timing.
+        functions: What to time, by name; all are called for some seconds before timing, as memory
+            and clock take that long to settle.
         rounds: How often each is timed.
 
     Returns:
         Median seconds by name.
     """
-    for function in functions.values():
-        function()
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP_SECONDS:
+        for function in functions.values():
+            function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
