@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 WARM_UP_SECONDS = 3.0
 
 
