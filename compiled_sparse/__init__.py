@@ -15,6 +15,7 @@ from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import metadata
+from compiled_sparse.metadata import step_callback
 from compiled_sparse.ops import attention
 from compiled_sparse.policy import Policy
 
@@ -28,4 +29,5 @@ __all__ = [
     "metadata",
     "ops",
     "reference",
+    "step_callback",
 ]

@@ -190,6 +190,22 @@ CASES = {
         "grid_thw=(T, H, W)",
         lambda: enter_metadata(text=cs.Text(1)),
     ),
+    "step": Case(
+        errors.MetadataError,
+        "step is out of range",
+        "-1",
+        "an integer of at least 0",
+        "or leave it out",
+        lambda: enter_metadata(step=-1),
+    ),
+    "step of steps": Case(
+        errors.MetadataError,
+        "the step is not one of the steps",
+        "step=4, num_steps=4",
+        "the first step is 0",
+        "correct num_steps",
+        lambda: enter_metadata(step=4, num_steps=4),
+    ),
     "inner": Case(
         errors.UnknownOptionError,
         "unknown inner compiler",
@@ -288,7 +304,7 @@ def test_every_error_class_is_also_a_builtin_error() -> None:
         for each in vars(errors).values()
         if isinstance(each, type) and each is not errors.CompiledSparseError
     ]
-    assert len(classes) >= 12
+    assert len(classes) >= 13
     builtin = (ValueError, TypeError, RuntimeError, ImportError)
     assert all(issubclass(each, errors.CompiledSparseError) for each in classes)
     assert all(issubclass(each, builtin) for each in classes)
