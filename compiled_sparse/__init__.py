@@ -10,6 +10,7 @@ from __future__ import annotations
 from compiled_sparse import mechanisms as _mechanisms  # noqa: F401 - registers the built-in ones
 from compiled_sparse import ops
 from compiled_sparse import reference
+from compiled_sparse.compatible import compatible
 from compiled_sparse.config import STA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
@@ -30,6 +31,7 @@ __all__ = [
     "Policy",
     "Text",
     "attention",
+    "compatible",
     "explain",
     "force",
     "forced",

@@ -167,7 +167,12 @@ def _prove(
     capabilities = capabilities_of(config)
     refused = (
         _call_supported(site, capabilities)
-        or tensors_supported(site.tensor("query"), site.tensor("value"), capabilities)
+        or tensors_supported(
+            site.tensor("query"),
+            site.tensor("value"),
+            capabilities,
+            key_mask=site.arguments["attn_mask"] is not None,
+        )
         or _broadcasts(site)
     )
     if refused is not None:
@@ -192,8 +197,6 @@ def _call_supported(site: Site, capabilities: Capabilities) -> Refused | None:
         mask = site.tensor("attn_mask")
         shape = tuple(hint(size) for size in mask.shape)
         return Refused("mask_unsupported", f"{mask.dtype} mask of shape {shape}")
-    if arguments["attn_mask"] is not None and not capabilities.key_mask:
-        return Refused("mask_unsupported", "the mechanism takes no mask")
     return None
 
 
