@@ -17,12 +17,14 @@ from compiled_sparse.metadata import metadata
 from compiled_sparse.metadata import step_callback
 from compiled_sparse.ops import attention
 from compiled_sparse.policy import Policy
+from compiled_sparse.windows import WindowTable
 
 __all__ = [
     "STA",
     "Dense",
     "Policy",
     "Text",
+    "WindowTable",
     "attention",
     "explain",
     "metadata",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from compiled_sparse.config import Window
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.windows import Window
 
 
 def effective_width(num_tiles: int, nominal: int) -> int:

@@ -127,6 +127,7 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "metadata": _NOT_FOR_LEAVES,
     "pattern": _NOT_FOR_LEAVES,
     "policy": _NOT_FOR_LEAVES,
+    "windows": _NOT_FOR_LEAVES,
     "reference": ("ops", "kernels", *_ABOVE_OPS),
     "kernels": ("ops", "reference", *_ABOVE_OPS),
     "ops": _ABOVE_OPS,

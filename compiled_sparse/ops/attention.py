@@ -31,6 +31,8 @@ def attention(
     text: Text | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    step: int | None = ...,
+    layer: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -46,6 +48,8 @@ def attention(
     text: Text | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    step: int | None = ...,
+    layer: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -60,6 +64,8 @@ def attention(
     text: Text | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    step: int | None = None,
+    layer: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one mechanism, eagerly or inside any compiled function.
@@ -73,6 +79,8 @@ def attention(
         text: Text tokens around the video in the same sequence.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
+        step: Denoising step, for a config with a table of windows; None means the first.
+        layer: Layer, for the same.
         return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
 
     Returns:
@@ -102,6 +110,7 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
+    config = config.at(step, layer)
     text = text or Text()
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)

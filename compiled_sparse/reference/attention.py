@@ -27,6 +27,8 @@ def attention(
     text: Text | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    step: int | None = None,
+    layer: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense masked attention with the signature and meaning of `compiled_sparse.attention`.
@@ -44,6 +46,8 @@ def attention(
         text: Text tokens around the video.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
+        step: Denoising step, for a config with a table of windows; None means the first.
+        layer: Layer, for the same.
         return_lse: Also return the natural log-sum-exp.
 
     Returns:
@@ -57,6 +61,7 @@ def attention(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if isinstance(config, STA):
+        config = config.at(step, layer)
         config.check_heads(q.shape[1])
     groups = q.shape[1] // k.shape[1]
     keys = k.to(compute).repeat_interleave(groups, dim=1)
@@ -144,7 +149,7 @@ def token_mask(
         )
     heads = [
         _sta_mask(queries - text.before, keys - text.before, grid_thw, tile, window)
-        for window in config.windows
+        for window in config.at().windows
     ]
     return torch.stack(heads)[None]
 
