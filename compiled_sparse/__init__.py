@@ -7,6 +7,7 @@ See README.md for a first run, and `explain` for what is done to each attention 
 
 from __future__ import annotations
 
+from compiled_sparse import mechanisms as _mechanisms  # noqa: F401 - registers the built-in ones
 from compiled_sparse import ops
 from compiled_sparse import reference
 from compiled_sparse.config import STA

@@ -11,6 +11,9 @@ import compiled_sparse as cs
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ConfigFormatError
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.pattern import sta_density
+from compiled_sparse.pattern import table_density
 from compiled_sparse.runtime import table_tensor
 
 SMALL, LARGE = (1, 1, 1), (3, 3, 3)
@@ -104,3 +107,11 @@ def test_a_document_with_other_keys_is_refused() -> None:
 def test_one_axis_of_table_and_tile_differing_is_refused() -> None:
     with pytest.raises(ConfigError, match="different numbers of axes"):
         cs.STA(window_thw=TABLE, tile_thw=(8, 8))
+
+
+def test_the_density_of_a_table_is_that_of_its_rows() -> None:
+    layout = BlockLayout((4, 4, 4), (1, 2, 2), 0, 5)
+    mean, low, high = table_density(layout, TABLE)
+    rows = [sta_density(layout, row) for row in TABLE.rows()]
+    assert (mean, low, high) == (sum(rows) / 6, min(rows), max(rows))
+    assert low < mean < high

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from compiled_sparse.ops import bind as _bind  # noqa: F401 - registers the markers
-from compiled_sparse.ops import sta_scheduled as _sta_scheduled  # noqa: F401 - registers the op
 from compiled_sparse.ops.attention import attention
 from compiled_sparse.ops.block_sparse import block_sparse_attention
 
