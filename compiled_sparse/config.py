@@ -23,7 +23,8 @@ from compiled_sparse.layout import auto_tile
 from compiled_sparse.windows import Window
 from compiled_sparse.windows import WindowTable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # version 1 has no schedules and no numbers for Auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,13 +338,13 @@ def check_version(document: Mapping[str, Any]) -> None:
     """Check the `version` of a JSON document.
 
     Raises:
-        ConfigFormatError: if it is missing or not the one this release writes.
+        ConfigFormatError: if it is missing or not one this release can read.
     """
-    if document.get("version") != FORMAT_VERSION:
+    if document.get("version") not in _READABLE_VERSIONS:
         raise ConfigFormatError(
             "JSON document of another format version",
             got=f"version {document.get('version')!r}",
-            expected=f"version {FORMAT_VERSION}",
+            expected="version " + " or ".join(map(str, _READABLE_VERSIONS)),
             next_step="write the file again with to_json(), or use the release that wrote it",
         )
 

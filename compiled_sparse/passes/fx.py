@@ -119,7 +119,7 @@ def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
             copies[node]._dynamo_source = node._dynamo_source
     clone = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
     clone.meta = dict(owner.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
         if hasattr(owner, name):
             setattr(clone, name, getattr(owner, name))
     for node, submodule in nested_graphs(owner):

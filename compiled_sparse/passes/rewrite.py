@@ -30,15 +30,20 @@ from compiled_sparse.passes.sites import OtherAttention
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.policy import Policy
+from compiled_sparse.policy import StepSchedule
 from compiled_sparse.registry import Capabilities
 from compiled_sparse.registry import Chosen
 from compiled_sparse.registry import Refused
 from compiled_sparse.registry import mechanism_of
 from compiled_sparse.report import Decision
+from compiled_sparse.selector import PolicySources
+from compiled_sparse.selector import Requested
+from compiled_sparse.selector import SiteFacts
 from compiled_sparse.selector import capabilities_of
 from compiled_sparse.selector import choose
 from compiled_sparse.selector import needs_static_grid
 from compiled_sparse.selector import requested
+from compiled_sparse.selector import scheduled_dense
 from compiled_sparse.selector import tensors_supported
 
 _COPIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
@@ -48,16 +53,23 @@ class SparseAttentionPass:
     """Rewrite `scaled_dot_product_attention` calls into sparse ops, in place.
 
     Args:
-        policy: Which mechanism for which call.
+        policy: Which mechanism for which call, or all the sources that have a say.
         layout: What `cs.metadata` says about the tokens, if anything.
+        dense_schedules: The step schedules under which the present step is dense.
         rewrite: False only decides and reports.
     """
 
     def __init__(
-        self, policy: Policy, layout: LayoutMetadata | None = None, *, rewrite: bool = True
+        self,
+        policy: Policy | PolicySources,
+        layout: LayoutMetadata | None = None,
+        *,
+        dense_schedules: frozenset[StepSchedule] = frozenset(),
+        rewrite: bool = True,
     ) -> None:
-        self.policy = policy
+        self.sources = PolicySources(policy) if isinstance(policy, Policy) else policy
         self.layout = layout
+        self.dense_schedules = dense_schedules
         self.rewrite = rewrite
 
     def __call__(self, owner: fx.GraphModule) -> list[Decision]:
@@ -70,7 +82,9 @@ class SparseAttentionPass:
             One decision per attention call, in execution order.
         """
         sites, others = find_sites(owner)
-        decisions = [self._process(site) for site in sites]
+        layouts = [_layout_of(site, self.layout) for site in sites]
+        facts = _site_facts(sites, layouts, ends_here=not _has_graph_break(owner))
+        decisions = list(map(self._process, sites, layouts, facts))
         decisions += [_other_decision(other) for other in others]
         if self.rewrite:
             for module in {id(site.owner): site.owner for site in sites}.values():
@@ -83,39 +97,79 @@ class SparseAttentionPass:
         digest = hashlib.sha256()
         for source in sorted(Path(__file__).parent.glob("*.py")):
             digest.update(source.read_bytes())
-        digest.update(repr((self.policy, self.layout, self.rewrite)).encode())
+        schedules = sorted(map(repr, self.dense_schedules))
+        digest.update(repr((self.sources, self.layout, schedules, self.rewrite)).encode())
         return digest.hexdigest()
 
-    def _process(self, site: Site) -> Decision:
-        config = requested(self.policy, site.path)
-        outcome = _prove(site, config, self.layout)
-        if isinstance(outcome, Refused | Refusal):
-            return _dense_decision(site, outcome)
+    def _process(
+        self, site: Site, layout: SiteLayout | Refused | Refusal, facts: SiteFacts
+    ) -> Decision:
+        if not isinstance(layout, SiteLayout):
+            return _dense_decision(site, facts, layout)
+        wanted = requested(self.sources, facts)
+        outcome = _prove(site, wanted.config, layout)
+        dense = scheduled_dense(wanted, facts, self.dense_schedules)
+        if isinstance(outcome, Refused):
+            return _dense_decision(site, facts, outcome, wanted)
+        if dense is not None:
+            return _dense_decision(site, facts, dense, wanted)
         layout, chosen = outcome
         if self.rewrite:
             _replace(site, layout, chosen)
-        return _sparse_decision(site, layout, chosen)
+        return _sparse_decision(site, facts, layout, chosen, wanted)
+
+
+def _layout_of(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refused | Refusal:
+    if not isinstance(site.tensor("query"), FakeTensor):
+        return Refused("rank_unsupported", "inside a function transform such as vmap")
+    if site.tensor("query").dim() != 4:
+        return Refused("rank_unsupported", f"{site.tensor('query').dim()} dimensions")
+    return find_layout(site, given)
+
+
+def _has_graph_break(owner: fx.GraphModule) -> bool:
+    """Whether the model goes on in another graph; Dynamo leaves the reason on its graphs."""
+    reason = getattr(owner, "compile_subgraph_reason", None)
+    return reason is not None and bool(reason.graph_break)
+
+
+def _site_facts(
+    sites: list[Site], layouts: list[SiteLayout | Refused | Refusal], *, ends_here: bool
+) -> list[SiteFacts]:
+    """Number the proven video sites; a graph without the patch embedding may start anywhere."""
+    proven = [isinstance(layout, SiteLayout) for layout in layouts]
+    facts = []
+    for index, (site, layout) in enumerate(zip(sites, layouts, strict=True)):
+        is_numbered = proven[index] and site.graph_has_video
+        facts.append(
+            SiteFacts(
+                site.path,
+                _kind(layout),
+                layer=sum(proven[:index]) if is_numbered else None,
+                num_layers=sum(proven) if is_numbered and ends_here else None,
+            )
+        )
+    return facts
+
+
+def _kind(layout: SiteLayout | Refused | Refusal) -> str:
+    if isinstance(layout, SiteLayout):
+        return "joint" if hint(layout.text_before) + hint(layout.text_after) else "self"
+    return "cross" if layout.reason == "cross_attention" else "self"
 
 
 def _prove(
-    site: Site, config: MechanismConfig, given: LayoutMetadata | None
-) -> tuple[SiteLayout, Chosen] | Refused | Refusal:
+    site: Site, config: MechanismConfig, layout: SiteLayout
+) -> tuple[SiteLayout, Chosen] | Refused:
     """Default deny: every condition must hold, the first that does not is the reason."""
-    if not isinstance(site.tensor("query"), FakeTensor):
-        return Refused("rank_unsupported", "inside a function transform such as vmap")
+    if isinstance(config, Dense):
+        return Refused("policy_dense")
     capabilities = capabilities_of(config)
     refused = (
         _call_supported(site, capabilities)
         or tensors_supported(site.tensor("query"), site.tensor("value"), capabilities)
         or _broadcasts(site)
     )
-    if refused is not None and refused.reason == "rank_unsupported":
-        return refused
-    layout = find_layout(site, given)
-    if isinstance(layout, Refusal):
-        return layout
-    if isinstance(config, Dense):
-        return Refused("policy_dense")
     if refused is not None:
         return refused
     if needs_static_grid(config):
@@ -194,29 +248,43 @@ def _other_decision(other: OtherAttention) -> Decision:
     )
 
 
-def _dense_decision(site: Site, outcome: Refused | Refusal) -> Decision:
-    kind = "cross" if outcome.reason == "cross_attention" else "self"
+def _dense_decision(
+    site: Site, facts: SiteFacts, outcome: Refused | Refusal, wanted: Requested | None = None
+) -> Decision:
     return Decision(
-        kind=kind, decision="dense", reason=outcome.reason, detail=outcome.detail, **_facts(site)
+        kind=facts.kind,
+        decision="dense",
+        reason=outcome.reason,
+        detail=outcome.detail,
+        **_source(wanted),
+        **_facts(site),
     )
 
 
-def _sparse_decision(site: Site, layout: SiteLayout, chosen: Chosen) -> Decision:
-    before, after = hint(layout.text_before), hint(layout.text_after)
-    config = chosen.config.resolved(chosen.tile)
+def _sparse_decision(
+    site: Site, facts: SiteFacts, layout: SiteLayout, chosen: Chosen, wanted: Requested
+) -> Decision:
     return Decision(
-        kind="joint" if before + after else "self",
+        kind=facts.kind,
         decision="sparse",
-        mechanism=config.describe(),
+        mechanism=chosen.config.resolved(chosen.tile).describe(),
+        detail=chosen.detail,
         grid_thw=layout.grid_hint,
-        text_before=before,
-        text_after=after,
+        text_before=hint(layout.text_before),
+        text_after=hint(layout.text_after),
         layout_origin=layout.origin,
         dynamic=not is_static(layout),
         density=chosen.density,
         predicted_gain=chosen.predicted_gain,
+        **_source(wanted),
         **_facts(site),
     )
+
+
+def _source(wanted: Requested | None) -> dict[str, Any]:
+    if wanted is None:
+        return {}
+    return {"config_origin": wanted.origin, "schedule": wanted.policy.describe_schedule()}
 
 
 def _facts(site: Site) -> dict[str, Any]:
