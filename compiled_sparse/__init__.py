@@ -10,6 +10,8 @@ from __future__ import annotations
 from compiled_sparse import mechanisms as _mechanisms  # noqa: F401 - registers the built-in ones
 from compiled_sparse import ops
 from compiled_sparse import reference
+from compiled_sparse.attach import attach
+from compiled_sparse.attach import sparse
 from compiled_sparse.config import STA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
@@ -31,6 +33,7 @@ __all__ = [
     "Policy",
     "Text",
     "WindowTable",
+    "attach",
     "attention",
     "explain",
     "force",
@@ -39,5 +42,6 @@ __all__ = [
     "ops",
     "quality",
     "reference",
+    "sparse",
     "step_callback",
 ]

@@ -23,7 +23,6 @@ from compiled_sparse.attach_forward import patch
 from compiled_sparse.attach_forward import release_module
 from compiled_sparse.attach_forward import release_root
 from compiled_sparse.attach_modules import attention_modules
-from compiled_sparse.config import STA
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import AttachError
@@ -35,7 +34,7 @@ from compiled_sparse.policy import as_policy
 CLASS_POLICY = "_compiled_sparse_class_policy"
 PARAMETER_PREFIX = "compiled_sparse_"
 
-Target = TypeVar("Target", bound="nn.Module | type[nn.Module]")
+Target = TypeVar("Target")
 
 
 @dataclass(frozen=True)
@@ -204,16 +203,16 @@ def _decorate_class(cls: Any, document: str) -> None:
     initialise, restore = cls.__init__, cls.__setstate__
 
     @functools.wraps(initialise)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise_and_bind(self: Any, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
         bind_module(self, document, None)
 
     @functools.wraps(restore)
-    def __setstate__(self: Any, state: Any) -> None:
+    def restore_and_patch(self: Any, state: Any) -> None:
         restore(self, state)
         patch(self)
 
-    cls.__init__, cls.__setstate__ = __init__, __setstate__
+    cls.__init__, cls.__setstate__ = initialise_and_bind, restore_and_patch
     setattr(cls, CLASS_POLICY, document)
 
 
@@ -252,7 +251,7 @@ def _check(model: nn.Module, policies: list[Policy | None]) -> None:
         )
     configs = {config for policy in policies if policy for _, config in policy.rules}
     for config in configs:
-        table = config.table if isinstance(config, STA) else None
+        table = config.table
         if table is not None and table.num_layers not in (1, len(policies)):
             raise AttachError(
                 "a table of windows is for another number of layers",

@@ -114,15 +114,16 @@ def _say_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         torch.ops.compiled_sparse.bind_layout(tokens, sizes)
 
 
-def _patch(module: nn.Module, function: types.FunctionType) -> None:
+def _patch(module: nn.Module, function: Any) -> None:
     if _is_patched(module, function):
         return
     # An instance's own forward, such as a loader's hook, stays in force underneath.
     setattr(module, INNER, module.__dict__.get("forward"))
-    module.__dict__["forward"] = types.MethodType(_for_class(type(module), function), module)
+    cls: Any = type(module)
+    module.__dict__["forward"] = types.MethodType(_for_class(cls, function), module)
 
 
-def _unpatch(module: nn.Module, function: types.FunctionType) -> bool:
+def _unpatch(module: nn.Module, function: Any) -> bool:
     if not hasattr(module, INNER):
         return False
     if not _is_patched(module, function):
@@ -140,13 +141,13 @@ def _unpatch(module: nn.Module, function: types.FunctionType) -> bool:
     return True
 
 
-def _is_patched(module: nn.Module, function: types.FunctionType) -> bool:
+def _is_patched(module: nn.Module, function: Any) -> bool:
     present = getattr(module.__dict__.get("forward"), "__func__", None)
     return getattr(present, "__code__", None) is function.__code__
 
 
 @functools.cache
-def _for_class(cls: type[nn.Module], function: types.FunctionType) -> types.FunctionType:
+def _for_class(cls: Any, function: Any) -> Any:
     """Return a copy of a function with the signature of a class's forward.
 
     Its name makes a pickled module load with its plain forward, also where this package is missing.

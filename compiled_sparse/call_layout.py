@@ -24,9 +24,7 @@ _CHANNEL_DIMS = (1, 2, 4)
 """Where video latents hold their channels: [B, C, T, H, W], [B, T, C, H, W] or [B, T, H, W, C]."""
 
 
-def read_grid(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Grid | None:
+def read_grid(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid | None:
     """Return the token grid of a call of a model, or None where it does not say.
 
     Args:
@@ -34,8 +32,9 @@ def read_grid(
         args: Positional arguments of its `forward`.
         kwargs: Keyword arguments.
     """
+    cls: Any = type(module)
     try:
-        bound = _signature(type(module)).bind_partial(module, *args, **kwargs)
+        bound = _signature(cls).bind_partial(module, *args, **kwargs)
     except TypeError:  # the call itself will say what is wrong with it
         return None
     for reader in READERS:
@@ -114,7 +113,7 @@ READERS: tuple[Reader, ...] = (
 
 
 @cache
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
+def _signature(cls: Any) -> inspect.Signature:
     return inspect.signature(cls.forward)
 
 

@@ -58,6 +58,11 @@ class MechanismConfig:
         """Return the config with its automatic parts filled in, as reports show it."""
         return self
 
+    @property
+    def table(self) -> WindowTable | None:
+        """The table of windows by step and layer, if there is one."""
+        return None
+
     def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
         """Return the config at a step in a layer; the same one unless it holds a schedule."""
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import fx
 
 from compiled_sparse.ops import bind as _bind  # noqa: F401 - registers the ops
+from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import module_path
-from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.policy import Policy
 
 _OPS = torch.ops.compiled_sparse
@@ -25,15 +24,15 @@ class Marker:
     """What one attached module says.
 
     Args:
-        node: The marker.
         owner: Graph module whose graph holds it.
+        position: How many nodes come before it there.
         path: Dotted path of the module.
         policy: The module's own policy, if it has one.
         layer: The tensor with its layer index; None where it does not know its place.
     """
 
-    node: fx.Node
     owner: fx.GraphModule
+    position: int
     path: str
     policy: Policy | None
     layer: fx.Node | None
@@ -51,9 +50,17 @@ class Markers:
     """
 
     def __init__(self, owner: fx.GraphModule) -> None:
-        self._nodes = [(o, node) for o, node in _walk(owner) if _is_marker(node)]
-        binds = [(o, node) for o, node in self._nodes if node.target in _BIND]
-        self.modules = tuple(_read(o, node) for o, node in binds)
+        self._nodes: list[tuple[fx.GraphModule, fx.Node]] = []
+        self._positions: dict[fx.Node, int] = {}
+        modules = []
+        for graph in (owner, *all_nested(owner)):
+            for position, node in enumerate(graph.graph.nodes):
+                self._positions[node] = position
+                if _is_marker(node):
+                    self._nodes.append((graph, node))
+                if node.target in _BIND:
+                    modules.append(_read(graph, position, node))
+        self.modules = tuple(modules)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -71,9 +78,14 @@ class Markers:
             node: The attention call.
             path: Its module path.
         """
-        before = [m for m in self.modules if m.node.graph is not node.graph or m.node < node]
-        around = [marker for marker in before if marker.covers(path)]
-        return max(around, key=lambda marker: len(marker.path), default=None)
+        position = self._positions[node]
+        around = [
+            marker
+            for marker in self.modules
+            if marker.covers(path)
+            and (marker.owner.graph is not node.graph or marker.position < position)
+        ]
+        return max(around, key=lambda m: (len(m.path), m.position), default=None)
 
     def grid(self) -> tuple[Any, ...] | None:
         """Return the token grid a traced model's call named, integers or SymInts, or None.
@@ -84,29 +96,23 @@ class Markers:
         grids = {tuple(map(_value, grid)) for grid in said}  # type: ignore[arg-type]
         return grids.pop() if len(grids) == 1 else None
 
-    def erase(self) -> None:
-        """Remove all markers from their graphs."""
+    def erase(self) -> list[fx.GraphModule]:
+        """Remove all markers; return the graph modules that changed and need recompiling."""
         for _, node in self._nodes:
             node.graph.erase_node(node)
-
-
-def _walk(owner: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
-    for node in owner.graph.nodes:
-        yield owner, node
-    for _, inner in nested_graphs(owner):
-        yield from _walk(inner)
+        return [owner for owner, _ in self._nodes]
 
 
 def _is_marker(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (*_BIND, *_BIND_LAYOUT)
 
 
-def _read(owner: fx.GraphModule, node: fx.Node) -> Marker:
+def _read(owner: fx.GraphModule, position: int, node: fx.Node) -> Marker:
     layer, _, document = node.args
     assert isinstance(layer, fx.Node)
     policy = Policy.from_json(str(document)) if document else None
     is_known = example_value(layer).dim() == 0
-    return Marker(node, owner, module_path(node), policy, layer if is_known else None)
+    return Marker(owner, position, module_path(node), policy, layer if is_known else None)
 
 
 def _value(size: Any) -> Any:

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.metadata import current_call
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
+from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import example_value
-from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import submodule_of
+from compiled_sparse.passes.sites import Site
 from compiled_sparse.runtime import call_tensor
 from compiled_sparse.runtime import table_tensor
 from compiled_sparse.windows import WindowTable
@@ -68,23 +71,22 @@ class RuntimeInputs:
         """Whether a value can be handed from the root's inputs into a nested graph."""
         return owner is self._root or bool(_paths(self._root, owner))
 
-    def node(self, wanted: RuntimeInput, owner: fx.GraphModule, fake_mode: Any) -> fx.Node:
-        """Return an input as a node of the root's graph, or of one nested in it.
+    def node(self, wanted: RuntimeInput, site: Site) -> fx.Node:
+        """Return an input as a node of a site's graph.
 
         Args:
             wanted: The input.
-            owner: The graph module that needs it; `can_reach` holds for it.
-            fake_mode: The fake tensor mode of the graph.
+            site: An attention call whose graph `can_reach` holds for.
         """
         if wanted not in self._nodes:
             real = wanted.tensor(current_call())
-            fake = fake_mode.from_tensor(real, static_shapes=True)
+            fake = fake_mode_of(site).from_tensor(real, static_shapes=True)
             name = f"compiled_sparse_{wanted.name}_{len(self._nodes)}"
             placeholder = _append_placeholder(self._root, name, fake)
-            placeholder._dynamo_source = None  # type: ignore[attr-defined]
+            placeholder._dynamo_source = None
             self._nodes[wanted] = placeholder
             self._changed(self._root)
-        return self.reach(self._nodes[wanted], owner)
+        return self.reach(self._nodes[wanted], site.owner)
 
     def reach(self, node: fx.Node, owner: fx.GraphModule) -> fx.Node:
         """Hand a node of the root's graph through the calls that lead to a nested graph."""
@@ -104,6 +106,13 @@ class RuntimeInputs:
             self.edited.append(owner)
 
 
+def fake_mode_of(site: Site) -> FakeTensorMode:
+    """Return the mode of the fake tensors Dynamo recorded around a site."""
+    query = site.tensor("query")
+    assert isinstance(query, FakeTensor)
+    return query.fake_mode
+
+
 def _append_placeholder(owner: fx.GraphModule, name: str, value: Any) -> fx.Node:
     placeholders = [node for node in owner.graph.nodes if node.op == "placeholder"]
     first = next(iter(owner.graph.nodes))
@@ -114,16 +123,14 @@ def _append_placeholder(owner: fx.GraphModule, name: str, value: Any) -> fx.Node
     return placeholder
 
 
-def _paths(
-    root: fx.GraphModule, owner: fx.GraphModule
-) -> list[tuple[fx.Node, fx.GraphModule]]:
+def _paths(root: fx.GraphModule, owner: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
     """Return every checkpoint call of a nested graph with the graph module that makes it.
 
     Empty where the graph is also used otherwise, or its caller cannot be reached: then there is no
     telling what its operands are.
     """
     calls: list[tuple[fx.Node, fx.GraphModule]] = []
-    for parent in (root, *_nested(root)):
+    for parent in (root, *all_nested(root)):
         for node in parent.graph.nodes:
             if submodule_of(node, parent) is not owner:
                 continue
@@ -139,7 +146,3 @@ def _is_plain_call(user: fx.Node, body: fx.Node) -> bool:
     """Whether a node checkpoints a region whose operands are all positional."""
     by_name = [value for value in user.kwargs.values() if isinstance(value, fx.Node)]
     return op_name(user) in CHECKPOINT_OPS and user.args[0] is body and not by_name
-
-
-def _nested(owner: fx.GraphModule) -> list[fx.GraphModule]:
-    return [each for _, inner in nested_graphs(owner) for each in (inner, *_nested(inner))]
