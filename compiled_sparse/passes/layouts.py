@@ -31,14 +31,14 @@ class SiteLayout:
         text_before: Tokens in front of the video.
         text_after: Tokens behind it.
         origin: "metadata" or "graph".
-        source: The patch embedding, where the graph proved the layout.
+        readers: Where the length of each axis can be read, where the graph proved the layout.
     """
 
     grid: tuple[Any, ...]
     text_before: Any = 0
     text_after: Any = 0
     origin: str = "graph"
-    source: fx.Node | None = None
+    readers: tuple[Reader, ...] = ()
 
     @property
     def grid_hint(self) -> tuple[int, ...]:
@@ -83,11 +83,11 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
         return Refusal(
             "layout_unknown", "queries, keys and values are not provably the same tokens"
         )
-    if given is not None and bool(length == given.num_tokens):
-        text = given.text
-        return SiteLayout(given.grid_thw, text.before, text.after, origin="metadata")
-    if has_video(site.query_track):
-        return _layout_of_track(site.query_track)
+    if given is not None:
+        return _given_layout(site, given)
+    layout = _layout_of_track(site) if has_video(site.query_track) else _layout_of_positions(site)
+    if layout is not None:
+        return layout
     if site.graph_has_video:
         return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
     return Refusal("layout_unknown", _advice(length, given))

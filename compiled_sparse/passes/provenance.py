@@ -29,8 +29,10 @@ from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
 from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import axis_track
 from compiled_sparse.passes.tracks import constant_tracks
 from compiled_sparse.passes.tracks import is_constant
+from compiled_sparse.passes.tracks import latent_axes
 from compiled_sparse.passes.tracks import stream
 from compiled_sparse.passes.tracks import track_size
 
@@ -40,6 +42,7 @@ Rule = Callable[["Provenance", fx.Node], TrackValue]
 RULES: dict[str, Rule] = {}
 
 _TORCH_MODULES = ("torch", "_operator", "operator")
+_LATENT_RANKS = (4, 5)
 _OPERATIONS = OpOverload | OpOverloadPacket
 _IN_PLACE_NAME = re.compile(r".*[^_]_|__(?:i[a-z]+|setitem)__")
 _STATE_NAME = re.compile(r"\b_(?:parameters|buffers)(?:'\])?\[")
@@ -215,7 +218,13 @@ class Provenance:
         shape = shape_of(node)
         if shape is None:
             return None
-        return constant_tracks(shape) if _is_state(node) else self.fresh(node)
+        if _is_state(node):
+            return constant_tracks(shape)
+        tracks = self.fresh(node)
+        if len(shape) in _LATENT_RANKS and example_value(node).is_floating_point():
+            axes = latent_axes(node, shape)
+            return (tracks[0], *(axis_track(axes, dim) for dim in range(1, len(shape))))
+        return tracks
 
     def _only_constants(self, node: fx.Node) -> bool:
         return all(self._is_constant(argument) for argument in node.all_input_nodes)
