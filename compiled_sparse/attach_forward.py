@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -82,28 +83,36 @@ def is_bound(module: nn.Module) -> bool:
     return _is_patched(module, _marked_forward)
 
 
-def _marked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
-        torch.ops.compiled_sparse.bind(self.compiled_sparse_layer, [], self._compiled_sparse_policy)
-    inner = self._compiled_sparse_inner
-    if inner is None:
-        return type(self).forward(self, *args, **kwargs)
-    return inner(*args, **kwargs)
+def _marked_forward(class_forward: Any) -> Any:
+    """Return a forward that emits a marker when it is traced."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            bind = torch.ops.compiled_sparse.bind
+            bind(self.compiled_sparse_layer, [], self._compiled_sparse_policy)
+        inner = self._compiled_sparse_inner
+        if inner is None:
+            return class_forward(self, *args, **kwargs)
+        return inner(*args, **kwargs)
+
+    return forward
 
 
-def _root_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    inner = self._compiled_sparse_inner
-    grid = None
-    if torch.compiler.is_compiling():
-        _say_sizes(args, kwargs)
-    elif current_layout() is None:
-        grid = read_grid(self, args, kwargs)
-    if inner is None:
-        inner = functools.partial(type(self).forward, self)
-    if grid is None:
-        return inner(*args, **kwargs)
-    with metadata(grid_thw=grid):
-        return inner(*args, **kwargs)
+def _root_forward(class_forward: Any) -> Any:
+    """Return a forward under the metadata its own call tells."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = self._compiled_sparse_inner
+        if inner is None:
+            inner = functools.partial(class_forward, self)
+        if torch.compiler.is_compiling():
+            _say_sizes(args, kwargs)
+            return inner(*args, **kwargs)
+        grid = read_grid(self, args, kwargs) if current_layout() is None else None
+        with nullcontext() if grid is None else metadata(grid_thw=grid):
+            return inner(*args, **kwargs)
+
+    return forward
 
 
 def _say_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,19 +123,19 @@ def _say_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         torch.ops.compiled_sparse.bind_layout(tokens, sizes)
 
 
-def _patch(module: nn.Module, function: Any) -> None:
-    if _is_patched(module, function):
+def _patch(module: nn.Module, factory: Any) -> None:
+    if _is_patched(module, factory):
         return
     # An instance's own forward, such as a loader's hook, stays in force underneath.
     setattr(module, INNER, module.__dict__.get("forward"))
     cls: Any = type(module)
-    module.__dict__["forward"] = types.MethodType(_for_class(cls, function), module)
+    module.__dict__["forward"] = types.MethodType(_for_class(cls, factory), module)
 
 
-def _unpatch(module: nn.Module, function: Any) -> bool:
+def _unpatch(module: nn.Module, factory: Any) -> bool:
     if not hasattr(module, INNER):
         return False
-    if not _is_patched(module, function):
+    if not _is_patched(module, factory):
         raise AttachError(
             "the module's forward was patched by something else after cs.attach",
             got=repr(module.__dict__.get("forward")),
@@ -141,18 +150,18 @@ def _unpatch(module: nn.Module, function: Any) -> bool:
     return True
 
 
-def _is_patched(module: nn.Module, function: Any) -> bool:
+def _is_patched(module: nn.Module, factory: Any) -> bool:
     present = getattr(module.__dict__.get("forward"), "__func__", None)
-    return getattr(present, "__code__", None) is function.__code__
+    cls: Any = type(module)
+    return getattr(present, "__code__", None) is _for_class(cls, factory).__code__
 
 
 @functools.cache
-def _for_class(cls: Any, function: Any) -> Any:
-    """Return a copy of a function with the signature of a class's forward.
+def _for_class(cls: Any, factory: Any) -> Any:
+    """Return the patched forward of a class, with the signature of its own.
 
     Its name makes a pickled module load with its plain forward, also where this package is missing.
     """
-    copy = types.FunctionType(function.__code__, function.__globals__)
-    functools.update_wrapper(copy, cls.forward)
-    copy.__name__ = "forward"
-    return copy
+    forward = functools.update_wrapper(factory(cls.forward), cls.forward)
+    forward.__name__ = "forward"
+    return forward

@@ -10,7 +10,7 @@ from torch import nn
 
 from compiled_sparse.errors import AttachError
 
-_CROSS_NAMES = ("attn2",)
+_OTHER_NAMES = ("cross", "_to_", "audio", "text", "context")
 
 
 def attention_modules(
@@ -48,12 +48,16 @@ def attention_modules(
 
 
 def is_cross_attention(path: str, module: nn.Module) -> bool:
-    """Whether a module says, by attribute or else by name, that its keys are other tokens."""
+    """Whether a module says, by attribute or else by name, that it is not over the video alone.
+
+    `attn2` and `cross` are the usual names of cross-attention, `audio` and `text` of other streams.
+    """
     said = getattr(module, "is_cross_attention", None)
     if isinstance(said, bool):
         return said
-    name = path.rpartition(".")[2]
-    return name in _CROSS_NAMES or "cross" in name.lower() or "Cross" in type(module).__name__
+    name = path.rpartition(".")[2].lower()
+    is_other = name.endswith("attn2") or any(part in name for part in _OTHER_NAMES)
+    return is_other or "Cross" in type(module).__name__
 
 
 def _matching(

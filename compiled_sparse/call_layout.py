@@ -86,10 +86,9 @@ def video_latents(module: nn.Module, call: Mapping[str, Any]) -> Grid | None:
     if not isinstance(latents, Tensor) or latents.dim() != 5 or patch is None:
         return None
     dims = [dim for dim in _CHANNEL_DIMS if latents.shape[dim] == channels]
-    if len(dims) != 1:
-        return None
-    sizes = [size for dim, size in enumerate(latents.shape) if dim not in (0, dims[0])]
-    return _divide(sizes, patch)
+    # As many frames as channels leave the order of these two open, but not the grid.
+    readings = {tuple(s for i, s in enumerate(latents.shape) if i not in (0, dim)) for dim in dims}
+    return _divide(readings.pop(), patch) if len(readings) == 1 else None
 
 
 def image_latents(module: nn.Module, call: Mapping[str, Any]) -> Grid | None:
@@ -100,7 +99,7 @@ def image_latents(module: nn.Module, call: Mapping[str, Any]) -> Grid | None:
         return None
     if latents.shape[1] != _setting(module, "in_channels"):
         return None
-    return _divide(list(latents.shape[2:]), patch[1:])
+    return _divide(tuple(latents.shape[2:]), patch[1:])
 
 
 READERS: tuple[Reader, ...] = (
@@ -130,7 +129,7 @@ def _patch(module: nn.Module) -> Grid | None:
     return (frames or 1, size, size) if isinstance(size, int) else None
 
 
-def _divide(sizes: list[int], patch: Grid) -> Grid | None:
+def _divide(sizes: Grid, patch: Grid) -> Grid | None:
     pairs = list(zip(sizes, patch, strict=True))
     return None if any(n % p for n, p in pairs) else tuple(n // p for n, p in pairs)
 

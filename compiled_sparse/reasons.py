@@ -12,8 +12,8 @@ REASONS: dict[str, str] = {
     "policy_dense": "The policy says dense here, or has no rule for this module.",
     "step_dense": "The policy keeps this denoising step dense. Nothing to do.",
     "layer_dense": "The policy keeps this layer dense. Nothing to do.",
-    "layer_unknown": "The policy has dense layers or windows by layer, and this graph does not show "
-    "which layer it is. Use cs.attach.",
+    "layer_unknown": "The policy has dense layers or windows by layer, and this graph does not "
+    "show which layer it is. Use cs.attach.",
     "layers_mismatch": "The table of windows is for another number of layers. Give it one row, or "
     "one per video attention layer.",
     "nested_graph": "A value that changes from call to call cannot be handed into the control flow "

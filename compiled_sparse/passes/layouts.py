@@ -158,7 +158,9 @@ def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:
         return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
     if tuple(axes) != known.live or any(isinstance(atom, Piece) for atom in atoms_of(batch)):
         names = "THW"[-len(known.sizes) :]
-        return Refusal("partial_grid", f"attends along {''.join(names[axis] for axis in axes)} only")
+        return Refusal(
+            "partial_grid", f"attends along {''.join(names[axis] for axis in axes)} only"
+        )
     return _with_text(track, videos[0], known.sizes, known.readers)
 
 
