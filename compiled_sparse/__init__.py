@@ -10,6 +10,8 @@ from __future__ import annotations
 from compiled_sparse import mechanisms as _mechanisms  # noqa: F401 - registers the built-in ones
 from compiled_sparse import ops
 from compiled_sparse import reference
+from compiled_sparse.attach import attach
+from compiled_sparse.attach import sparse
 from compiled_sparse.compatible import compatible
 from compiled_sparse.config import STA
 from compiled_sparse.config import Auto
@@ -23,6 +25,7 @@ from compiled_sparse.metadata import step_callback
 from compiled_sparse.ops import attention
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import quality
+from compiled_sparse.windows import WindowTable
 
 __all__ = [
     "STA",
@@ -30,6 +33,8 @@ __all__ = [
     "Dense",
     "Policy",
     "Text",
+    "WindowTable",
+    "attach",
     "attention",
     "compatible",
     "explain",
@@ -39,5 +44,6 @@ __all__ = [
     "ops",
     "quality",
     "reference",
+    "sparse",
     "step_callback",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from compiled_sparse.options import BackendOptions
 from compiled_sparse.options import parse_options
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
+from compiled_sparse.passes.markers import Markers
+from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import StepSchedule
 from compiled_sparse.reasons import EXPECTED_DENSE
@@ -98,12 +101,15 @@ class _Dispatcher:
     ) -> None:
         self._pristine = graph_module
         self._settings = settings
+        self._modules = Markers(graph_module).policies
         self._lock = threading.RLock()
         self._has_attention = False
         self._warned_of_steps = False
         key = self._key()
-        rewritten = self._rewrite(key)
-        self._first = _compile(rewritten, example_inputs, settings)
+        rewritten, extra = self._rewrite(key)
+        appended = [each.tensor(current_call()) for each in extra]
+        compiled = _compile(rewritten, [*example_inputs, *appended], settings)
+        self._first = _with_inputs(compiled, extra)
         self._variants: dict[VariantKey, Compiled] = {key: self._first}
 
     def as_callable(self) -> Compiled:
@@ -122,19 +128,21 @@ class _Dispatcher:
 
     def _key(self) -> VariantKey:
         sources, call = current_sources(self._settings.policy), current_call()
-        dense = dense_schedules(sources, call)
+        dense = dense_schedules(sources, call, self._modules)
         if not self._warned_of_steps:
-            self._warned_of_steps = _warn_of_steps(sources, call)
+            policies = sources.effective(self._modules)
+            self._warned_of_steps = _warn_of_steps(policies, call)
         return VariantKey(current_layout(), sources.forced, sources.environment, dense)
 
-    def _rewrite(self, key: VariantKey) -> fx.GraphModule:
+    def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
         rewritten = clone_dynamo_graph(self._pristine)
         sources = PolicySources(self._settings.policy, key.forced, key.environment)
         rewrite = SparseAttentionPass(sources, key.layout, dense_schedules=key.dense_schedules)
         decisions = rewrite(rewritten)
         self._has_attention = bool(decisions)
-        _announce(decisions, sources, self._settings.strict)
-        return rewritten
+        is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
+        _announce(decisions, self._settings.strict, is_automatic=is_automatic)
+        return rewritten, rewrite.runtime_inputs
 
     def _build(self, key: VariantKey) -> Compiled:
         """Compile a further variant, outside Dynamo: a nested compile guards its own shapes."""
@@ -145,13 +153,27 @@ class _Dispatcher:
                 def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
                     return _compile(graph, list(inputs), settings)
 
-                self._variants[key] = torch.compile(self._rewrite(key), backend=inner)
+                rewritten, extra = self._rewrite(key)
+                compiled = torch.compile(rewritten, backend=inner)
+                self._variants[key] = _with_inputs(compiled, extra)
             return self._variants[key]
 
 
-def _warn_of_steps(sources: PolicySources, call: CallMetadata) -> bool:
+def _with_inputs(compiled: Compiled, extra: tuple[RuntimeInput, ...]) -> Compiled:
+    """Pass the tensors of the present call behind a graph's own inputs."""
+    if not extra:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        call = current_call()
+        return compiled(*inputs, *(each.tensor(call) for each in extra))
+
+    return run
+
+
+def _warn_of_steps(policies: Iterable[Policy], call: CallMetadata) -> bool:
     """Warn where a schedule asks for a step that nobody gave; return whether it did."""
-    schedules = [policy.steps for policy in sources.effective() if policy.steps is not None]
+    schedules = [policy.steps for policy in policies if policy.steps is not None]
     if all(schedule.is_decidable(call.step, call.num_steps) for schedule in schedules):
         return False
     logger.warning(
@@ -174,7 +196,7 @@ def _compile(
     return compile_fx(graph_module, example_inputs, config_patches=dict(settings.inductor))  # type: ignore[return-value]
 
 
-def _announce(decisions: list[Decision], sources: PolicySources, strict: bool) -> None:
+def _announce(decisions: list[Decision], strict: bool, *, is_automatic: bool) -> None:
     """Log what was done; warn, or raise when strict, about calls that should have been sparse."""
     report = Report(tuple(decisions))
     if not decisions:
@@ -184,7 +206,7 @@ def _announce(decisions: list[Decision], sources: PolicySources, strict: bool) -
     for decision in decisions:
         logger.debug("%s", decision)
     missed = [d for d in decisions if not d.is_sparse and d.reason not in EXPECTED_DENSE]
-    if not missed or sources.is_automatic:
+    if not missed or is_automatic:
         return
     first = missed[0]
     where = f"{first.path or 'an attention call'}: {first.reason}"

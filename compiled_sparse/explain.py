@@ -16,6 +16,7 @@ from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.markers import Markers
 from compiled_sparse.policy import PolicyLike
 from compiled_sparse.policy import as_policy
 from compiled_sparse.report import Decision
@@ -52,13 +53,14 @@ def explain(
     """
     sources = current_sources(as_policy(policy))
     step_is_known = current_call().step is not None
-    dense = dense_schedules(sources, current_call()) if step_is_known else frozenset()
     decisions: list[Decision] = []
     num_graphs = 0
 
     def analyse(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal num_graphs
         num_graphs += 1
+        modules = Markers(graph).policies
+        dense = dense_schedules(sources, current_call(), modules) if step_is_known else frozenset()
         analysis = SparseAttentionPass(
             sources, current_layout(), dense_schedules=dense, rewrite=False
         )

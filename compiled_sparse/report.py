@@ -34,7 +34,7 @@ class Decision:
         grid_thw: Token grid, where one is known.
         text_before: Text tokens in front of the video.
         text_after: Text tokens behind it.
-        layout_origin: "graph" or "metadata", where a layout is known.
+        layout_origin: "graph", "metadata" or "attach", where a layout is known.
         dynamic: Whether a size of the layout is symbolic; the numbers are then examples.
         density: Fraction of (query, key) pairs attended, counted; 1.0 for dense calls.
         predicted_gain: Predicted speed-up of this call over dense attention; 1.0 for dense calls.

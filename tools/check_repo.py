@@ -130,6 +130,7 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "pattern": _NOT_FOR_LEAVES,
     "policy": _NOT_FOR_LEAVES,
     "quality": _NOT_FOR_LEAVES,
+    "windows": _NOT_FOR_LEAVES,
     "registry": _NOT_FOR_LEAVES,
     "reference": ("ops", "kernels", *_ABOVE_OPS),
     "kernels": ("ops", "reference", *_ABOVE_OPS),

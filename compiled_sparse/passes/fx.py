@@ -99,6 +99,11 @@ def nested_graphs(owner: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModu
             yield node, submodule
 
 
+def all_nested(owner: fx.GraphModule) -> list[fx.GraphModule]:
+    """Return the graph modules nested in one, at any depth."""
+    return [each for _, inner in nested_graphs(owner) for each in (inner, *all_nested(inner))]
+
+
 def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph Dynamo handed out, nested graph modules included, ready to be edited.
 

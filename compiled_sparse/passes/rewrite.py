@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,13 @@ from compiled_sparse.passes.layouts import find_layout
 from compiled_sparse.passes.layouts import is_static
 from compiled_sparse.passes.layouts import layout_arguments
 from compiled_sparse.passes.layouts import specialized
+from compiled_sparse.passes.markers import Marker
+from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.masks import is_key_padding
 from compiled_sparse.passes.masks import key_mask_node
+from compiled_sparse.passes.runtime_arguments import RuntimeArguments
+from compiled_sparse.passes.runtime_inputs import RuntimeInput
+from compiled_sparse.passes.runtime_inputs import RuntimeInputs
 from compiled_sparse.passes.sites import OtherAttention
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
@@ -71,6 +78,7 @@ class SparseAttentionPass:
         self.layout = layout
         self.dense_schedules = dense_schedules
         self.rewrite = rewrite
+        self.runtime_inputs: tuple[RuntimeInput, ...] = ()
 
     def __call__(self, owner: fx.GraphModule) -> list[Decision]:
         """Process a graph and the graphs nested in it.
@@ -79,17 +87,21 @@ class SparseAttentionPass:
             owner: A graph module this pass may edit.
 
         Returns:
-            One decision per attention call, in execution order.
+            One decision per attention call, in execution order. Afterwards `runtime_inputs` says
+            which tensors must be passed behind the graph's own inputs.
         """
+        markers, runtime = Markers(owner), RuntimeInputs(owner)
+        edited = markers.erase()
         sites, others = find_sites(owner)
-        layouts = [_layout_of(site, self.layout) for site in sites]
-        facts = _site_facts(sites, layouts, ends_here=not _has_graph_break(owner))
-        decisions = list(map(self._process, sites, layouts, facts))
+        cases = self._cases(sites, markers, ends_here=not _has_graph_break(owner))
+        decisions = [self._process(case, runtime) for case in cases]
         decisions += [_other_decision(other) for other in others]
         if self.rewrite:
-            for module in {id(site.owner): site.owner for site in sites}.values():
-                module.graph.lint()
-                module.recompile()
+            edited += [*(site.owner for site in sites), *runtime.edited]
+        for module in {id(module): module for module in edited}.values():
+            module.graph.lint()
+            module.recompile()
+        self.runtime_inputs = runtime.inputs
         return decisions
 
     def uuid(self) -> str:
@@ -101,30 +113,78 @@ class SparseAttentionPass:
         digest.update(repr((self.sources, self.layout, schedules, self.rewrite)).encode())
         return digest.hexdigest()
 
-    def _process(
-        self, site: Site, layout: SiteLayout | Refused | Refusal, facts: SiteFacts
-    ) -> Decision:
+    def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
+        said = markers.grid()
+        layouts = [_layout_of(site, self.layout, said) for site in sites]
+        speaking = [markers.covering(site.node, site.path) for site in sites]
+        facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
+        return list(map(_Case, sites, layouts, facts, speaking))
+
+    def _process(self, case: _Case, runtime: RuntimeInputs) -> Decision:
+        site, layout, facts = case.site, case.layout, case.facts
         if not isinstance(layout, SiteLayout):
             return _dense_decision(site, facts, layout)
         wanted = requested(self.sources, facts)
         outcome = _prove(site, wanted.config, layout)
-        dense = scheduled_dense(wanted, facts, self.dense_schedules)
+        dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
         if isinstance(outcome, Refused):
             return _dense_decision(site, facts, outcome, wanted)
         if dense is not None:
             return _dense_decision(site, facts, dense, wanted)
         layout, chosen = outcome
+        arguments = RuntimeArguments(runtime, site, facts, case.marker)
+        refused = arguments.refusal(_runtime_names(layout, chosen), chosen.config)
+        if refused is not None:
+            return _dense_decision(site, facts, refused, wanted)
         if self.rewrite:
-            _replace(site, layout, chosen)
+            _replace(site, layout, chosen, arguments)
         return _sparse_decision(site, facts, layout, chosen, wanted)
 
 
-def _layout_of(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refused | Refusal:
+@dataclass(frozen=True)
+class _Case:
+    """An attention call with all that bears on it."""
+
+    site: Site
+    layout: SiteLayout | Refused | Refusal
+    facts: SiteFacts
+    marker: Marker | None
+
+    def facts_for(self, wanted: Requested) -> SiteFacts:
+        """A numbered module's own policy says of its layer alone whether it is dense."""
+        if wanted.origin != "module" or self.marker is None or self.marker.layer is None:
+            return self.facts
+        return replace(self.facts, layer=0, num_layers=1)
+
+
+def _layout_of(
+    site: Site, given: LayoutMetadata | None, said: tuple[Any, ...] | None
+) -> SiteLayout | Refused | Refusal:
+    """Prove a layout: by `cs.metadata` or the graph, else by the grid an attached model named."""
     if not isinstance(site.tensor("query"), FakeTensor):
         return Refused("rank_unsupported", "inside a function transform such as vmap")
     if site.tensor("query").dim() != 4:
         return Refused("rank_unsupported", f"{site.tensor('query').dim()} dimensions")
-    return find_layout(site, given)
+    layout = find_layout(site, given)
+    if given is None and said is not None and _is_unknown(layout):
+        named = LayoutMetadata(tuple(int(axis) for axis in said))
+        return _as_attached(find_layout(site, named))
+    return layout
+
+
+def _is_unknown(layout: SiteLayout | Refusal) -> bool:
+    return isinstance(layout, Refusal) and layout.reason == "layout_unknown"
+
+
+def _as_attached(layout: SiteLayout | Refusal) -> SiteLayout | Refusal:
+    return replace(layout, origin="attach") if isinstance(layout, SiteLayout) else layout
+
+
+def _runtime_names(layout: SiteLayout, chosen: Chosen) -> tuple[str, ...]:
+    mechanism = mechanism_of(chosen.config)
+    assert mechanism is not None
+    sizes = (list(layout.grid_hint), hint(layout.text_before), hint(layout.text_after))
+    return mechanism.lower(chosen.config, chosen.tile, *sizes).runtime_inputs
 
 
 def _has_graph_break(owner: fx.GraphModule) -> bool:
@@ -134,17 +194,22 @@ def _has_graph_break(owner: fx.GraphModule) -> bool:
 
 
 def _site_facts(
-    sites: list[Site], layouts: list[SiteLayout | Refused | Refusal], *, ends_here: bool
+    sites: list[Site],
+    layouts: list[SiteLayout | Refused | Refusal],
+    markers: list[Marker | None],
+    *,
+    ends_here: bool,
 ) -> list[SiteFacts]:
     """Number the proven video sites; a graph without the patch embedding may start anywhere."""
     proven = [isinstance(layout, SiteLayout) for layout in layouts]
     facts = []
-    for index, (site, layout) in enumerate(zip(sites, layouts, strict=True)):
+    for index, (site, layout, marker) in enumerate(zip(sites, layouts, markers, strict=True)):
         is_numbered = proven[index] and site.graph_has_video
         facts.append(
             SiteFacts(
                 site.path,
                 _kind(layout),
+                None if marker is None else marker.policy,
                 layer=sum(proven[:index]) if is_numbered else None,
                 num_layers=sum(proven) if is_numbered and ends_here else None,
             )
@@ -213,7 +278,7 @@ def _broadcasts(site: Site) -> Refused | None:
     return None if fits else Refused("broadcast_unsupported", f"batch and heads {shapes}")
 
 
-def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
+def _replace(site: Site, layout: SiteLayout, chosen: Chosen, arguments: RuntimeArguments) -> None:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
     key_mask = key_mask_node(site)
@@ -221,9 +286,9 @@ def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
     assert mechanism is not None
     with graph.inserting_before(site.node):
         call = mechanism.lower(chosen.config, chosen.tile, *layout_arguments(site, layout))
-        op = graph.call_function(
-            call.op, (query, key, value, key_mask, *call.arguments, site.arguments["scale"])
-        )
+        runtime = arguments.nodes(call.runtime_inputs, chosen.config)
+        inputs = (query, key, value, key_mask, *call.arguments, *runtime)
+        op = graph.call_function(call.op, (*inputs, site.arguments["scale"]))
         out = graph.call_function(operator.getitem, (op, 0))
     _describe(site, op, out)
     site.node.replace_all_uses_with(out)
