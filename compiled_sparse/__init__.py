@@ -19,6 +19,7 @@ from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
 from compiled_sparse.force import force
 from compiled_sparse.force import forced
+from compiled_sparse.guard import Guard
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import metadata
 from compiled_sparse.metadata import step_callback
@@ -31,6 +32,7 @@ __all__ = [
     "STA",
     "Auto",
     "Dense",
+    "Guard",
     "Policy",
     "Text",
     "WindowTable",

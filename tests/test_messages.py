@@ -25,6 +25,8 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
 from compiled_sparse.environment import _parse
 from compiled_sparse.environment import mechanism_from_name
+from compiled_sparse.guard import Finding
+from compiled_sparse.guard import report_findings
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.mechanisms import sta
 from compiled_sparse.mechanisms.block_selector import block_selector_mechanism
@@ -36,6 +38,7 @@ from compiled_sparse.policy import as_policy
 MODULES = (
     "config",
     "environment",
+    "guard",
     "policy",
     "metadata",
     "layout",
@@ -375,6 +378,32 @@ CASES = {
         "one patch side per axis",
         "latents.shape[2:]",
         lambda: build_metadata(step=0, raw_latent_shape=(1, 16, 4, 8, 8), patch_size=(1, 2, 2)),
+    ),
+    "guard values": Case(
+        errors.ConfigError,
+        "Guard has a value out of range",
+        "calls=0",
+        "calls >= 1",
+        "Guard(calls=2",
+        lambda: cs.Guard(calls=0),
+    ),
+    "guard": Case(
+        errors.ConfigError,
+        "options['guard'] is no guard",
+        "'yes'",
+        "calls, max_relative_error, on_failure, rows",
+        '{"guard": {"calls": 2',
+        lambda: parse_options({"guard": "yes"}),
+    ),
+    "guard failure": Case(
+        errors.GuardError,
+        "1 of 1 sparse calls failed the guard",
+        "blocks.0: relative error 0.7",
+        "relative error up to 0.5",
+        "a wider window",
+        lambda: report_findings(
+            cs.Guard(on_failure="raise"), [Finding("blocks.0", 0, 0.7, dense_is_finite=True)]
+        ),
     ),
     "windows per head": Case(
         errors.ConfigError,
