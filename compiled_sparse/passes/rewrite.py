@@ -115,8 +115,7 @@ class SparseAttentionPass:
         return digest.hexdigest()
 
     def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
-        said = markers.grid()
-        layouts = [_layout_of(site, self.layout, said) for site in sites]
+        layouts = [_layout_of(site, self.layout, markers.grid) for site in sites]
         speaking = [markers.covering(site.node, site.path) for site in sites]
         facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
         return list(map(_Case, sites, layouts, facts, speaking))
