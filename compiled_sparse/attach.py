@@ -19,6 +19,7 @@ from torch import nn
 
 from compiled_sparse.attach_forward import bind_module
 from compiled_sparse.attach_forward import bind_root
+from compiled_sparse.attach_forward import is_bound
 from compiled_sparse.attach_forward import patch
 from compiled_sparse.attach_forward import release_module
 from compiled_sparse.attach_forward import release_root
@@ -74,11 +75,7 @@ class Handle:
             AttachError: if something else has patched the model since.
         """
         for _, module in self._layers:
-            own = getattr(type(module), CLASS_POLICY, None)
-            if own is None:
-                release_module(module)
-            else:
-                bind_module(module, own, None)
+            _release(module)
         if all(module is not self._model for _, module in self._layers):
             release_root(self._model)
 
@@ -154,6 +151,10 @@ def attach(
     layers = attention_modules(model, None if globs is None else list(globs))
     policies = [_policy_of(module, resolved) for _, module in layers]
     _check(model, policies)
+    attached = {id(module) for _, module in layers}
+    for module in model.modules():
+        if is_bound(module) and id(module) not in attached:
+            _release(module)
     for index, ((path, module), own) in enumerate(zip(layers, policies, strict=True)):
         bind_module(module, _for_layer(own, path, index, len(layers)), index)
     if all(module is not model for _, module in layers):
@@ -214,6 +215,14 @@ def _decorate_class(cls: Any, document: str) -> None:
 
     cls.__init__, cls.__setstate__ = initialise_and_bind, restore_and_patch
     setattr(cls, CLASS_POLICY, document)
+
+
+def _release(module: nn.Module) -> None:
+    own = getattr(type(module), CLASS_POLICY, None)
+    if own is None:
+        release_module(module)
+    else:
+        bind_module(module, own, None)
 
 
 def _policy_of(module: nn.Module, policy: Policy | None) -> Policy | None:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from compiled_sparse.attach_forward import POLICY
 from compiled_sparse.errors import AttachError
 
 _OTHER_NAMES = ("cross", "_to_", "audio", "text", "context")
@@ -18,9 +19,10 @@ def attention_modules(
 ) -> list[tuple[str, nn.Module]]:
     """Return path and module of every attention layer, in the order the model registers them.
 
-    Without globs these are the modules that look like attention (a diffusers `processor`, or a
-    class called `...Attention`), hold no such module themselves, are not cross-attention by
-    attribute or name, and lie in the model's outermost lists of blocks: not in a text refiner.
+    Without globs these are the modules that look like attention (a diffusers `processor`, a class
+    called `...Attention`) or have a policy of their own, hold no such module themselves, are not
+    cross-attention by attribute or name, and lie in the model's outermost lists of blocks: not in a
+    text refiner.
 
     Args:
         model: The model, or a single attention module.
@@ -76,7 +78,8 @@ def _matching(
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "processor") or type(module).__name__.endswith("Attention")
+    looks_like_it = hasattr(module, "processor") or type(module).__name__.endswith("Attention")
+    return looks_like_it or hasattr(module, POLICY)
 
 
 def _has_attention_inside(module: nn.Module) -> bool:

@@ -77,7 +77,8 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     while match := _GETATTR.fullmatch(path):
         path = f"{match[1]}.{match[2]}"
-    path = _MODULES.sub("", _SELF.sub("", path))
+    # The second call of an attached module is seen through the method that was put on it.
+    path = _MODULES.sub("", _SELF.sub("", path)).replace(".forward.__self__", "")
     return _KEY.sub(r".\1", path).strip(".")
 
 

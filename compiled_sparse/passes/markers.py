@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from compiled_sparse.ops import bind as _bind  # noqa: F401 - registers the ops
 from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import module_path
+from compiled_sparse.passes.fx import size_key
 from compiled_sparse.policy import Policy
 
 _OPS = torch.ops.compiled_sparse
@@ -45,6 +47,8 @@ class Marker:
 class Markers:
     """All markers of a graph and of the graphs nested in it.
 
+    `grid` is the token grid that a traced model's call named, integers or SymInts, or None.
+
     Args:
         owner: Graph module as Dynamo hands it out, or its clone.
     """
@@ -61,6 +65,7 @@ class Markers:
                 if node.target in _BIND:
                     modules.append(_read(graph, position, node))
         self.modules = tuple(modules)
+        self.grid = _common_grid(node for _, node in self._nodes if node.target in _BIND_LAYOUT)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -87,15 +92,6 @@ class Markers:
         ]
         return max(around, key=lambda m: (len(m.path), m.position), default=None)
 
-    def grid(self) -> tuple[Any, ...] | None:
-        """Return the token grid a traced model's call named, integers or SymInts, or None.
-
-        Two calls that name different grids are two models in one graph: neither is believed.
-        """
-        said = [node.args[1] for _, node in self._nodes if node.target in _BIND_LAYOUT]
-        grids = {tuple(map(_value, grid)) for grid in said}  # type: ignore[arg-type]
-        return grids.pop() if len(grids) == 1 else None
-
     def erase(self) -> list[fx.GraphModule]:
         """Remove all markers; return the graph modules that changed and need recompiling."""
         for _, node in self._nodes:
@@ -113,6 +109,14 @@ def _read(owner: fx.GraphModule, position: int, node: fx.Node) -> Marker:
     policy = Policy.from_json(str(document)) if document else None
     is_known = example_value(layer).dim() == 0
     return Marker(owner, position, module_path(node), policy, layer if is_known else None)
+
+
+def _common_grid(said: Iterable[fx.Node]) -> tuple[Any, ...] | None:
+    """Two calls that name different grids are two models in one graph: neither is believed."""
+    sizes: list[Any] = [node.args[1] for node in said]
+    values = [tuple(map(_value, grid)) for grid in sizes]
+    grids = {tuple(map(size_key, grid)): grid for grid in values}
+    return next(iter(grids.values())) if len(grids) == 1 else None
 
 
 def _value(size: Any) -> Any:

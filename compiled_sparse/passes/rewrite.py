@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
@@ -124,8 +125,7 @@ class SparseAttentionPass:
         return digest.hexdigest()
 
     def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
-        said = markers.grid()
-        layouts = [_layout_of(site, self.layout, said) for site in sites]
+        layouts = [_layout_of(site, self.layout, markers.grid) for site in sites]
         speaking = [markers.covering(site.node, site.path) for site in sites]
         facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
         return list(map(_Case, sites, layouts, facts, speaking))
@@ -315,7 +315,8 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
     query = site.tensor("query")
     assert isinstance(query, FakeTensor)
     arguments = fx.node.map_arg(op.args, example_value)
-    with query.fake_mode:
+    # A checkpoint around the compiled region counts what is saved for backward: not this.
+    with query.fake_mode, saved_tensors_hooks(_unchanged, _unchanged):
         outputs = op.target(*arguments)  # type: ignore[operator]
         # Under autocast the call itself casts; Dynamo recorded the dtype it will have.
         first = outputs[0].to(example_value(site.node).dtype)
@@ -323,6 +324,10 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
     out.meta["example_value"] = first
     for node in (op, out):
         node.meta.update({k: site.node.meta[k] for k in _COPIED_META if k in site.node.meta})
+
+
+def _unchanged(saved: Any) -> Any:
+    return saved
 
 
 def _other_decision(other: OtherAttention) -> Decision:
