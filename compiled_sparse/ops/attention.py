@@ -124,9 +124,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _runtime_tensor(
-    name: str, step: int | None, layer: int | None, device: torch.device
-) -> Tensor:
+def _runtime_tensor(name: str, step: int | None, layer: int | None, device: torch.device) -> Tensor:
     """Return what a mechanism reads at run time; its table, if any, was read by `config.at`."""
     if name == "layer":
         return index_tensor(layer or 0, device)

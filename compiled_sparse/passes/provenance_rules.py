@@ -122,8 +122,6 @@ def _reduction(analysis: Provenance, node: fx.Node) -> TrackValue:
     )
 
 
-
-
 @rule(*CONSTANTS)
 def _constant(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape = shape_of(node)
