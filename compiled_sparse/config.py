@@ -14,31 +14,59 @@ from typing import ClassVar
 from typing import Literal
 from typing import cast
 
+from compiled_sparse import registry
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ConfigFormatError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import UnknownMechanismError
 from compiled_sparse.layout import auto_tile
+from compiled_sparse.windows import Window
+from compiled_sparse.windows import WindowTable
 
 FORMAT_VERSION = 1
-
-Window = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MechanismConfig:
     """Base of every mechanism's config.
 
-    Subclasses are frozen dataclasses that set `name`; they are registered by being defined.
+    Subclasses are frozen dataclasses that set `name`; `compiled_sparse.registry` makes them known.
     """
 
     name: ClassVar[str] = ""
 
-    _registry: ClassVar[dict[str, type[MechanismConfig]]] = {}
+    @property
+    def num_axes(self) -> int | None:
+        """Number of grid axes this config is written for; None if any will do."""
+        return None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        MechanismConfig._registry[cls.name] = cls
+    @property
+    def needs_static_grid(self) -> bool:
+        """Whether something is chosen by the grid, so that each grid compiles anew."""
+        return False
+
+    def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the sides of a tile on `grid`; the automatic choice unless a class knows better.
+
+        Raises:
+            LayoutError: if the grid does not fit the config.
+        """
+        return auto_tile(grid)
+
+    def resolved(self, tile: tuple[int, ...]) -> MechanismConfig:
+        """Return the config with its automatic parts filled in, as reports show it."""
+        return self
+
+    def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
+        """Return the config at a step in a layer; the same one unless it holds a schedule."""
+        return self
+
+    def check_heads(self, heads: int) -> None:
+        """Check that the config fits a number of query heads.
+
+        Raises:
+            ConfigError: if it does not.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values, with `version` and `mechanism`."""
@@ -50,7 +78,8 @@ class MechanismConfig:
 
     def describe(self) -> str:
         """Return the config as a spec string, e.g. `sta:window_thw=3x3x3,tile_thw=6x8x8`."""
-        fields = [f"{key}={_spec_value(value)}" for key, value in dataclasses.asdict(self).items()]
+        names = (field.name for field in dataclasses.fields(self))
+        fields = [f"{name}={_spec_value(getattr(self, name))}" for name in names]
         return self.name + (":" + ",".join(fields) if fields else "")
 
     @staticmethod
@@ -74,9 +103,39 @@ class MechanismConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(MechanismConfig):
-    """Let the selector choose: training-free STA where a gain is predicted, dense elsewhere."""
+    """Let the selector choose: training-free STA where a gain is predicted, dense elsewhere.
+
+    Args:
+        window_fraction: Share of each axis that the window covers, above 0 and at most 1; the
+            smaller, the faster and the further from dense attention.
+        min_tokens: Sequences of fewer tokens stay dense.
+        min_gain: A predicted speed-up below this one leaves the call dense.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
 
     name: ClassVar[str] = "auto"
+
+    window_fraction: float = 0.6
+    min_tokens: int = 2048
+    min_gain: float = 1.3
+
+    def __post_init__(self) -> None:
+        in_range = 0.0 < self.window_fraction <= 1.0
+        if not in_range or self.min_tokens < 0 or self.min_gain < 0.0:
+            raise ConfigError(
+                "Auto has a number out of range",
+                got=f"window_fraction={self.window_fraction}, min_tokens={self.min_tokens}, "
+                f"min_gain={self.min_gain}",
+                expected="0 < window_fraction <= 1, min_tokens >= 0, min_gain >= 0",
+                next_step="pass window_fraction=0.6, for instance",
+            )
+
+    @property
+    def needs_static_grid(self) -> bool:
+        """Always: window and tile are chosen by the grid."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +155,8 @@ class STA(MechanismConfig):
 
     Args:
         window_thw: Window in tiles per axis, (T, H, W) for video, (H, W) for images; or one such
-            triple per query head. On one axis a plain integer will do, as for `tile_thw`.
+            triple per query head; or a `WindowTable` of windows by step, layer and head. On one
+            axis a plain integer will do, as for `tile_thw`.
         tile_thw: Tokens per axis of a tile, or "auto" for the compact tile with least padding on
             the grid at hand. Grids need not be divisible by it.
 
@@ -107,11 +167,11 @@ class STA(MechanismConfig):
 
     name: ClassVar[str] = "sta"
 
-    window_thw: Window | tuple[Window, ...] = (3, 3, 3)
+    window_thw: Window | tuple[Window, ...] | WindowTable = (3, 3, 3)
     tile_thw: tuple[int, ...] | Literal["auto"] = (6, 8, 8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window_thw", _as_extents(self.window_thw))
+        object.__setattr__(self, "window_thw", _as_windows(self.window_thw))
         object.__setattr__(self, "tile_thw", _as_extents(self.tile_thw))
         windows = self.windows
         _require_extents("STA.window_thw", windows, self.window_thw)
@@ -135,15 +195,42 @@ class STA(MechanismConfig):
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """The windows: one for all heads, or one per query head."""
+        """The windows: one for all heads, or one per query head; of a table, its palette."""
+        if isinstance(self.window_thw, WindowTable):
+            return self.window_thw.windows
         given: Any = self.window_thw
         per_head = isinstance(given, tuple) and given and isinstance(given[0], tuple)
         return cast("tuple[Window, ...]", given if per_head else (given,))
 
     @property
+    def table(self) -> WindowTable | None:
+        """The table of windows by step and layer, if there is one."""
+        return self.window_thw if isinstance(self.window_thw, WindowTable) else None
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads the windows are for; 1 holds for any."""
+        return len(self.windows) if self.table is None else self.table.num_heads
+
+    def at(self, step: int | None = None, layer: int | None = None) -> STA:
+        """Return the config at a step in a layer, with plain windows."""
+        if self.table is None:
+            return self
+        return dataclasses.replace(self, window_thw=self.table.row(step or 0, layer or 0))
+
+    @property
     def num_axes(self) -> int:
         """Number of grid axes this config is written for."""
         return len(self.windows[0])
+
+    @property
+    def needs_static_grid(self) -> bool:
+        """Whether the tile is chosen by the grid."""
+        return self.tile_thw == "auto"
+
+    def resolved(self, tile: tuple[int, ...]) -> STA:
+        """Return the config with the tile it has on a grid."""
+        return dataclasses.replace(self, tile_thw=tile)
 
     def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tile used on `grid`: `tile_thw`, or the automatic choice.
@@ -166,18 +253,26 @@ class STA(MechanismConfig):
         Raises:
             ConfigError: if there is not.
         """
-        if len(self.windows) not in (1, heads):
+        if self.num_heads not in (1, heads):
             raise ConfigError(
                 "STA.window_thw does not have one window per query head",
-                got=f"{len(self.windows)} windows for {heads} heads",
+                got=f"{self.num_heads} windows for {heads} heads",
                 expected=f"1 or {heads} windows",
                 next_step="pass one window for all heads, or one per query head",
             )
 
 
+_WITHOUT_OP: dict[str, type[MechanismConfig]] = {"auto": Auto, "dense": Dense}
+
+
+def _config_class(name: str) -> type[MechanismConfig] | None:
+    mechanism = None if name in _WITHOUT_OP else registry.find(name)
+    return _WITHOUT_OP.get(name) if mechanism is None else mechanism.config
+
+
 def known_mechanisms() -> tuple[str, ...]:
     """Return the names of all registered mechanisms, sorted."""
-    return tuple(sorted(name for name in MechanismConfig._registry if name))
+    return tuple(sorted((*_WITHOUT_OP, *(each.name for each in registry.mechanisms()))))
 
 
 def build_config(name: str, fields: Mapping[str, Any]) -> MechanismConfig:
@@ -188,7 +283,7 @@ def build_config(name: str, fields: Mapping[str, Any]) -> MechanismConfig:
         ConfigFormatError: if a field is not one of the mechanism's.
         ConfigError: if a value is out of range.
     """
-    config_class = MechanismConfig._registry.get(name.lower()) if name else None
+    config_class = _config_class(name.lower())
     if config_class is None:
         raise UnknownMechanismError(
             "unknown mechanism",
@@ -278,6 +373,12 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return document
 
 
+def _as_windows(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return WindowTable.from_dict(value)
+    return _as_extents(value)
+
+
 def _as_extents(value: Any) -> Any:
     return (value,) if isinstance(value, int) else _as_tuples(value)
 
@@ -306,7 +407,7 @@ def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
 def _spec_value(value: Any) -> str:
     if isinstance(value, tuple):
         return ("/" if value and isinstance(value[0], tuple) else "x").join(map(_spec_value, value))
-    return str(value)
+    return value.describe() if isinstance(value, WindowTable) else str(value)
 
 
 def _parse_spec_value(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Literal
 from typing import overload
 
@@ -10,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_sparse.config import STA
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
-from compiled_sparse.ops.sta import flatten_windows
+from compiled_sparse.metadata import current_call
+from compiled_sparse.registry import mechanism_of
+from compiled_sparse.runtime import call_tensor
+from compiled_sparse.runtime import index_tensor
 
 
 @overload
@@ -31,6 +34,8 @@ def attention(
     text: Text | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    step: int | None = ...,
+    layer: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -46,6 +51,8 @@ def attention(
     text: Text | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    step: int | None = ...,
+    layer: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -60,6 +67,8 @@ def attention(
     text: Text | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    step: int | None = None,
+    layer: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one mechanism, eagerly or inside any compiled function.
@@ -73,6 +82,8 @@ def attention(
         text: Text tokens around the video in the same sequence.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
+        step: Denoising step, for a config with a table of windows; None means the first.
+        layer: Layer, for the same.
         return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
 
     Returns:
@@ -88,11 +99,12 @@ def attention(
     """
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
-    if not isinstance(config, STA):
+    mechanism = mechanism_of(config)
+    if mechanism is None:
         raise ConfigError(
             "this config names no mechanism that can be called",
             got=repr(config),
-            expected="STA(...) or Dense()",
+            expected="STA(...) or Dense(), or the config of another registered mechanism",
             next_step="pass one of these; 'auto' is only for the compile backend",
         )
     if grid_thw is None:
@@ -102,32 +114,32 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
+    config = config.at(step, layer)
     text = text or Text()
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
-    out, lse = torch.ops.compiled_sparse.sta(
-        q,
-        k,
-        v,
-        key_mask,
-        list(grid_thw),
-        list(tile),
-        flatten_windows(config.windows),
-        text.before,
-        text.after,
-        scale,
-    )
+    call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
+    runtime = [_runtime_tensor(name, step, layer, q.device) for name in call.runtime_inputs]
+    out, lse = call.op(q, k, v, key_mask, *call.arguments, *runtime, scale)
     return (out, lse) if return_lse else out
 
 
-def _resolve_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
-    if config.tile_thw != "auto":
+def _runtime_tensor(name: str, step: int | None, layer: int | None, device: torch.device) -> Tensor:
+    """Return what a mechanism reads at run time; its table, if any, was read by `config.at`."""
+    if name == "layer":
+        return index_tensor(layer or 0, device)
+    call = current_call()
+    return call_tensor(name, call if step is None else replace(call, step=step), device)
+
+
+def _resolve_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
+    if not config.needs_static_grid:
         return config.resolve_tile(grid)
     # The choice follows the grid: a traced grid becomes constant, so that each compiles anew.
     return _choose_tile(config, tuple(operator.index(side) for side in grid))
 
 
-def _choose_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
+def _choose_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
     return config.resolve_tile(grid)
 
 
@@ -136,7 +148,7 @@ def _choose_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
 _choose_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_self_attention(q: Tensor, k: Tensor, config: STA) -> None:
+def _check_self_attention(q: Tensor, k: Tensor, config: MechanismConfig) -> None:
     """Check what the op cannot tell from lists alone; tensors of a wrong rank are left to it."""
     if q.dim() != 4 or k.dim() != 4:
         return
