@@ -268,3 +268,117 @@ def krea_2(grid: Grid, batch: int = 1) -> Case:
         "return_dict": False,
     }
     return Case(randomized(model), inputs)
+
+
+@builder(
+    "minimax h3",
+    "MiniMax",
+    "MiniMaxH3Transformer3DModel",
+    (TEXT, *(video(before=TEXT_LENGTH, after=9),) * 2),
+    axes=(),
+)
+def minimax_h3(grid: Grid, batch: int = 1) -> Case:
+    """MiniMax-H3: text, video and audio put into one sequence by indices."""
+    model = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=24,
+        hidden_size=_INNER,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=16,
+        rope_freq_dim=4,
+    )
+    end = TEXT_LENGTH + torch.Size(grid).numel()
+    parts = [torch.arange(TEXT_LENGTH), torch.arange(TEXT_LENGTH, end), torch.arange(end, end + 9)]
+    axes = (torch.arange(TEXT_LENGTH)[:, None].repeat(1, 3), grid_ids(grid).long() + 7)
+    sound = torch.arange(9)[:, None].repeat(1, 3)
+    inputs = {
+        "hidden_states": tokens(grid, 16, batch),
+        "audio_hidden_states": text(batch, 4, 9),
+        "encoder_hidden_states": text(batch),
+        "timestep": torch.tensor([500.0]),
+        "timestep_indices": torch.zeros(end + 9, dtype=torch.long),
+        "token_tags": torch.cat([torch.full_like(part, tag) for tag, part in enumerate(parts)]),
+        "position_ids": torch.cat([*axes, sound]),
+        "video_indices": parts[1],
+        "audio_indices": parts[2],
+        "text_indices": parts[0],
+        "return_dict": False,
+    }
+    return Case(randomized(model), inputs)
+
+
+@builder(
+    "bria fibo 2",
+    "Bria",
+    "BriaFibo2Transformer2DModel",
+    (video(), CROSS, TEXT, *(video(before=8),) * 2, CROSS),
+    grid=IMAGE,
+)
+def bria_fibo_2(grid: Grid, batch: int = 1) -> Case:
+    """Bria Fibo 2: the prompt is condensed into a few tokens."""
+    model = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        patch_size=2,
+        dim=_INNER,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=HEADS,
+        cap_feat_dim=16,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=8,
+        max_num_gist_tokens=8,
+        gist_step=4,
+        gist_min_text_len=4,
+        gist_max_text_len=16,
+        axes_dims=(4, 6, 6),
+        axes_lens=(64, 16, 16),
+    )
+    inputs = {
+        "hidden_states": image(grid, 4, 2, batch),
+        "timestep": steps(batch, 0.5),
+        "encoder_hidden_states": torch.randn(batch, 2, TEXT_LENGTH, 16),
+        "encoder_attention_mask": prompt_mask(batch).bool(),
+        "return_dict": False,
+    }
+    return Case(randomized(model), inputs)
+
+
+@builder(
+    "qwen image 2.1",
+    "QwenImage",
+    "QwenImage21Transformer2DModel",
+    (TEXT, CROSS) * 2,
+    grid=(6, 8),
+    axes=(),
+)
+def qwen_image_21(grid: Grid, batch: int = 1) -> Case:
+    """Qwen-Image 2.1: causal among the text, then the image over both."""
+    model = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    # A slot of the language model's sequence stands for four image tokens.
+    slots = torch.arange(TEXT_LENGTH + torch.Size(grid).numel() // 4)
+    inputs = {
+        "hidden_states": tokens(grid, 4, batch),
+        "encoder_hidden_states": text(batch),
+        "timestep": steps(batch, 0.5),
+        "img_shapes": [[(1, *grid)]] * batch,
+        "img_mask": (slots >= TEXT_LENGTH).repeat(batch, 1),
+        "encoder_hidden_states_mask": prompt_mask(batch).bool(),
+        "return_dict": False,
+    }
+    return Case(randomized(model), inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 _SOUND = "sound, not images"
 _PART = "a part of U-Nets, not a model"
 _CACHE = "needs a cache of keys and values that its pipeline fills"
+_LANGUAGE = "a language model whose sequence its pipeline lays out sample by sample"
 
 OUT_OF_SCOPE = {
     "AceStepTransformer1DModel": _SOUND,
@@ -20,6 +21,8 @@ OUT_OF_SCOPE = {
     "DualTransformer2DModel": _PART,
     "Transformer2DModel": _PART,
     "TransformerTemporalModel": _PART,
+    "Cosmos3OmniTransformer": _LANGUAGE,
+    "SanaWMTransformer3DModel": "linear attention with camera rays; its softmax layers are inside",
     "AnyFlowFARTransformer3DModel": "its attention is `flex_attention` over chunks",
     "Kandinsky6SRTransformer3DModel": "its attention is sparse already, by `flex_attention`",
     "SanaWMLTX2RefinerTransformer3DModel": _CACHE,
