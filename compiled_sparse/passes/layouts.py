@@ -144,6 +144,8 @@ def _layout_of_graph(site: Site, is_placed: bool) -> SiteLayout | Refusal | None
 
 def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:
     videos = [i for i, part in enumerate(track) if part.is_video]
+    if any(track[i].cut is not None for i in videos):
+        return Refusal("layout_unknown", "some of the video's tokens are missing or moved")
     if len(videos) > 1:
         return Refusal("several_grids", "more than one video in the sequence")
     part = track[videos[0]]
@@ -158,9 +160,8 @@ def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:
         return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
     if tuple(axes) != known.live or any(isinstance(atom, Piece) for atom in atoms_of(batch)):
         names = "THW"[-len(known.sizes) :]
-        return Refusal(
-            "partial_grid", f"attends along {''.join(names[axis] for axis in axes)} only"
-        )
+        along = "".join(names[axis] for axis in axes)
+        return Refusal("partial_grid", f"attends along {along} only")
     return _with_text(track, videos[0], known.sizes, known.readers)
 
 
@@ -174,7 +175,8 @@ def _with_text(
 def _positions(part: Part) -> frozenset[tuple[Piece, ...]]:
     """Tables of positions the tokens of a part were rotated by."""
     (atom, *rest) = part.atoms
-    return atom.positions if isinstance(atom, Stream) and not rest else frozenset()
+    is_whole = isinstance(atom, Stream) and not rest and part.cut is None
+    return atom.positions if is_whole and isinstance(atom, Stream) else frozenset()
 
 
 def _layout_of_positions(site: Site) -> SiteLayout | Refusal | None:

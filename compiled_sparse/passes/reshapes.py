@@ -10,6 +10,7 @@ from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import size_key
 from compiled_sparse.passes.tracks import Atom
+from compiled_sparse.passes.tracks import Part
 from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
@@ -20,15 +21,37 @@ from compiled_sparse.passes.tracks import track_size
 
 
 def slice_track(track: Track, start: Any, stop: Any) -> Track | None:
-    """Return the parts between two positions, or None if they cut through a part."""
+    """Return the parts between two positions, or None if that cuts a part at a symbolic place."""
     boundaries = [0]
     for part in track:
         boundaries.append(boundaries[-1] + part.size)
     first = [i for i, position in enumerate(boundaries) if same(position, start)]
     last = [i for i, position in enumerate(boundaries) if same(position, stop)]
-    if not first or not last or first[0] >= last[-1]:
-        return None
-    return track[first[0] : last[-1]]
+    if first and last:
+        return track[first[0] : last[-1]] if first[0] < last[-1] else None
+    if all(isinstance(position, int) for position in (*boundaries, start, stop)):
+        return _runs(track, boundaries, start, stop) or None
+    return None
+
+
+def _runs(track: Track, boundaries: Sequence[int], start: int, stop: int) -> Track:
+    return tuple(
+        part.between(max(start - begin, 0), min(stop, end) - begin)
+        for part, begin, end in zip(track, boundaries, boundaries[1:], strict=False)
+        if max(start, begin) < min(stop, end)
+    )
+
+
+def joined(parts: Sequence[Part]) -> Track:
+    """Return a track of parts, with runs that follow each other made one again."""
+    result: list[Part] = []
+    for part in parts:
+        whole = result[-1].continued_by(part) if result else None
+        if whole is None:
+            result.append(part)
+        else:
+            result[-1] = whole
+    return tuple(result)
 
 
 def reshape_tracks(
@@ -97,7 +120,7 @@ def _reshape_group(tracks: list[Track], sizes: list[Any]) -> list[Track] | None:
 
 def _atoms(track: Track) -> tuple[Atom, ...]:
     """A dimension of several parts takes part in a reshape as one stream."""
-    if len(track) == 1:
+    if len(track) == 1 and track[0].cut is None:
         return track[0].atoms
     if is_constant(track):
         return (Stream(frozenset(), track_size(track)),)

@@ -160,14 +160,34 @@ class Part:
 
     Args:
         atoms: At least one.
+        cut: First position and the one behind the last, where it is only a run of the raster.
     """
 
     atoms: tuple[Atom, ...]
+    cut: tuple[int, int] | None = None
 
     @property
     def size(self) -> Any:
         """Number of positions."""
+        if self.cut is not None:
+            return self.cut[1] - self.cut[0]
         return math.prod(atom.size for atom in self.atoms)
+
+    def between(self, start: int, stop: int) -> Part:
+        """Return a run of its positions."""
+        if (start, stop) == (0, self.size):
+            return self
+        first = 0 if self.cut is None else self.cut[0]
+        return Part(self.atoms, (first + start, first + stop))
+
+    def continued_by(self, other: Part) -> Part | None:
+        """Join with the run behind it."""
+        if self.cut is None or other.cut is None or self.atoms != other.atoms:
+            return None
+        if self.cut[1] != other.cut[0]:
+            return None
+        whole = Part(self.atoms)
+        return whole.between(self.cut[0], other.cut[1])
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -235,7 +255,7 @@ def atoms_of(track: Track) -> Iterator[Atom]:
 
 def sole_piece(track: Track) -> Piece | None:
     """Return the piece a dimension consists of, or None if there is anything else."""
-    if len(track) != 1 or len(track[0].atoms) != 1:
+    if len(track) != 1 or len(track[0].atoms) != 1 or track[0].cut is not None:
         return None
     atom = track[0].atoms[0]
     return atom if isinstance(atom, Piece) else None
