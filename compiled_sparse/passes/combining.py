@@ -28,11 +28,8 @@ def same_raster(left: Sequence[Atom], right: Sequence[Atom]) -> bool:
 def _same_digit(left: Atom, right: Atom) -> bool:
     if isinstance(left, Stream) or isinstance(right, Stream):
         return type(left) is type(right) and same(left.size, right.size)
-    return (
-        (left.axis, left.key, left.kind) == (right.axis, right.key, right.kind)
-        and len(left.axes.sizes) == len(right.axes.sizes)
-        and all(map(same, left.axes.sizes, right.axes.sizes))
-    )
+    digits = [(p.axis, p.key, p.kind, p.is_outer, len(p.axes.sizes)) for p in (left, right)]
+    return digits[0] == digits[1]
 
 
 def merge(left: Track, right: Track, *, positions: bool = False) -> Track | None:
@@ -79,10 +76,24 @@ def _merge_parts(left: Part, right: Part, positions: bool) -> Part | None:
         if winner.is_video and not other.is_video:
             return winner
     if left.is_video or is_constant((left,)):
-        return left if left.cut == right.cut and same_raster(left.atoms, right.atoms) else None
+        if left.cut == right.cut and same_raster(left.atoms, right.atoms):
+            return left
+        return _frames_beside_a_video(left, right) or _frames_beside_a_video(right, left)
     if left.cut is None and right.cut is None and _aligned(left.atoms, right.atoms):
         return Part(tuple(map(_union, left.atoms, right.atoms)))
     return Part((_union(fused(left), fused(right)),))
+
+
+def _frames_beside_a_video(run: Part, video: Part) -> Part | None:
+    """Some frames of a video and as many of a signal that controls only these."""
+    if run.cut is None or video.cut is not None or not run.is_video or not video.is_video:
+        return None
+    (frames, *more), (others, *rest) = run.atoms, video.atoms
+    if more or rest or not isinstance(frames, Piece) or not isinstance(others, Piece):
+        return None
+    ranks = len(frames.axes.sizes), len(others.axes.sizes)
+    fits = frames.is_whole and others.is_whole and ranks[0] == ranks[1]
+    return run if fits and frames.axis == others.axis else None
 
 
 def _with_positions(tokens: Part, table: Part) -> Part:
