@@ -9,6 +9,7 @@ from builders import hunyuan as hunyuan
 from builders import image as image
 from builders import ltx as ltx
 from builders import packed as packed
+from builders import twins as twins
 from builders import volume as volume
 from builders import wan as wan
 from builders.base import BUILDERS as BUILDERS

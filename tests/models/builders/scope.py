@@ -22,9 +22,7 @@ OUT_OF_SCOPE = {
     "Transformer2DModel": _PART,
     "TransformerTemporalModel": _PART,
     "Cosmos3OmniTransformer": _LANGUAGE,
-    "SanaWMTransformer3DModel": "linear attention with camera rays; its softmax layers are inside",
     "AnyFlowFARTransformer3DModel": "its attention is `flex_attention` over chunks",
     "Kandinsky6SRTransformer3DModel": "its attention is sparse already, by `flex_attention`",
-    "SanaWMLTX2RefinerTransformer3DModel": _CACHE,
     "WanAnimate2Transformer3DModel": _CACHE,
 }

@@ -291,3 +291,38 @@ def anyflow(grid: Grid, batch: int = 1) -> Case:
         r_timestep=torch.full((batch, grid[0]), 300.0),
     )
     return Case(randomized(model), inputs)
+
+
+def _sana_wm(grid: Grid, batch: int, softmax_every: int) -> Case:
+    model = diffusers.SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        hidden_size=_INNER,
+        num_attention_heads=HEADS,
+        patch_size=(1, 2, 2),
+        softmax_every_n=softmax_every,
+        linear_head_dim=HEAD_DIM,
+        caption_channels=16,
+        use_chunk_plucker_post_attn=False,
+    )
+    inputs = _inputs(
+        grid,
+        batch,
+        timestep=torch.full((batch, 1, grid[0]), 500.0),
+        encoder_hidden_states=text(batch).unsqueeze(1),
+        encoder_attention_mask=prompt_mask(batch),
+    )
+    return Case(randomized(model), inputs)
+
+
+# No axes: the linear attention mixes the tokens before the first call sees them.
+@builder("sana wm", "Sana", "SanaWMTransformer3DModel", (CROSS, VIDEO, CROSS), axes=())
+def sana_wm(grid: Grid, batch: int = 1) -> Case:
+    """Sana-WM without a camera: linear attention, and softmax attention in every second block."""
+    return _sana_wm(grid, batch, 2)
+
+
+@builder("sana wm softmax", "Sana", "SanaWMTransformer3DModel", (VIDEO, CROSS) * 2)
+def sana_wm_softmax(grid: Grid, batch: int = 1) -> Case:
+    """Sana-WM with softmax attention in every block."""
+    return _sana_wm(grid, batch, 1)
