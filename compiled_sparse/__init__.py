@@ -7,6 +7,7 @@ See README.md for a first run, and `explain` for what is done to each attention 
 
 from __future__ import annotations
 
+from compiled_sparse import mechanisms as _mechanisms  # noqa: F401 - registers the built-in ones
 from compiled_sparse import ops
 from compiled_sparse import reference
 from compiled_sparse.config import STA
@@ -14,6 +15,7 @@ from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import metadata
+from compiled_sparse.metadata import step_callback
 from compiled_sparse.ops import attention
 from compiled_sparse.policy import Policy
 
@@ -27,4 +29,5 @@ __all__ = [
     "metadata",
     "ops",
     "reference",
+    "step_callback",
 ]

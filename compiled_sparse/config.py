@@ -14,6 +14,7 @@ from typing import ClassVar
 from typing import Literal
 from typing import cast
 
+from compiled_sparse import registry
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ConfigFormatError
 from compiled_sparse.errors import LayoutError
@@ -29,16 +30,39 @@ Window = tuple[int, ...]
 class MechanismConfig:
     """Base of every mechanism's config.
 
-    Subclasses are frozen dataclasses that set `name`; they are registered by being defined.
+    Subclasses are frozen dataclasses that set `name`; `compiled_sparse.registry` makes them known.
     """
 
     name: ClassVar[str] = ""
 
-    _registry: ClassVar[dict[str, type[MechanismConfig]]] = {}
+    @property
+    def num_axes(self) -> int | None:
+        """Number of grid axes this config is written for; None if any will do."""
+        return None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        MechanismConfig._registry[cls.name] = cls
+    @property
+    def needs_static_grid(self) -> bool:
+        """Whether something is chosen by the grid, so that each grid compiles anew."""
+        return False
+
+    def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the sides of a tile on `grid`; the automatic choice unless a class knows better.
+
+        Raises:
+            LayoutError: if the grid does not fit the config.
+        """
+        return auto_tile(grid)
+
+    def resolved(self, tile: tuple[int, ...]) -> MechanismConfig:
+        """Return the config with its automatic parts filled in, as reports show it."""
+        return self
+
+    def check_heads(self, heads: int) -> None:
+        """Check that the config fits a number of query heads.
+
+        Raises:
+            ConfigError: if it does not.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values, with `version` and `mechanism`."""
@@ -74,9 +98,39 @@ class MechanismConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(MechanismConfig):
-    """Let the selector choose: training-free STA where a gain is predicted, dense elsewhere."""
+    """Let the selector choose: training-free STA where a gain is predicted, dense elsewhere.
+
+    Args:
+        window_fraction: Share of each axis that the window covers, above 0 and at most 1; the
+            smaller, the faster and the further from dense attention.
+        min_tokens: Sequences of fewer tokens stay dense.
+        min_gain: A predicted speed-up below this one leaves the call dense.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
 
     name: ClassVar[str] = "auto"
+
+    window_fraction: float = 0.6
+    min_tokens: int = 2048
+    min_gain: float = 1.3
+
+    def __post_init__(self) -> None:
+        in_range = 0.0 < self.window_fraction <= 1.0
+        if not in_range or self.min_tokens < 0 or self.min_gain < 0.0:
+            raise ConfigError(
+                "Auto has a number out of range",
+                got=f"window_fraction={self.window_fraction}, min_tokens={self.min_tokens}, "
+                f"min_gain={self.min_gain}",
+                expected="0 < window_fraction <= 1, min_tokens >= 0, min_gain >= 0",
+                next_step="pass window_fraction=0.6, for instance",
+            )
+
+    @property
+    def needs_static_grid(self) -> bool:
+        """Always: window and tile are chosen by the grid."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +199,15 @@ class STA(MechanismConfig):
         """Number of grid axes this config is written for."""
         return len(self.windows[0])
 
+    @property
+    def needs_static_grid(self) -> bool:
+        """Whether the tile is chosen by the grid."""
+        return self.tile_thw == "auto"
+
+    def resolved(self, tile: tuple[int, ...]) -> STA:
+        """Return the config with the tile it has on a grid."""
+        return dataclasses.replace(self, tile_thw=tile)
+
     def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tile used on `grid`: `tile_thw`, or the automatic choice.
 
@@ -175,9 +238,17 @@ class STA(MechanismConfig):
             )
 
 
+_WITHOUT_OP: dict[str, type[MechanismConfig]] = {"auto": Auto, "dense": Dense}
+
+
+def _config_class(name: str) -> type[MechanismConfig] | None:
+    mechanism = None if name in _WITHOUT_OP else registry.find(name)
+    return _WITHOUT_OP.get(name) if mechanism is None else mechanism.config
+
+
 def known_mechanisms() -> tuple[str, ...]:
     """Return the names of all registered mechanisms, sorted."""
-    return tuple(sorted(name for name in MechanismConfig._registry if name))
+    return tuple(sorted((*_WITHOUT_OP, *(each.name for each in registry.mechanisms()))))
 
 
 def build_config(name: str, fields: Mapping[str, Any]) -> MechanismConfig:
@@ -188,7 +259,7 @@ def build_config(name: str, fields: Mapping[str, Any]) -> MechanismConfig:
         ConfigFormatError: if a field is not one of the mechanism's.
         ConfigError: if a value is out of range.
     """
-    config_class = MechanismConfig._registry.get(name.lower()) if name else None
+    config_class = _config_class(name.lower())
     if config_class is None:
         raise UnknownMechanismError(
             "unknown mechanism",

@@ -46,6 +46,10 @@ class LayoutError(CompiledSparseError, ValueError):
     """Grid, tile and text do not describe the given sequence."""
 
 
+class MetadataError(CompiledSparseError, ValueError):
+    """A step, a number of steps or a sparsity given for a call cannot be right."""
+
+
 class ShapeError(CompiledSparseError, ValueError):
     """A tensor argument has the wrong shape."""
 

@@ -5,14 +5,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from compiled_sparse.errors import LayoutError
+from compiled_sparse.errors import MetadataError
 from compiled_sparse.layout import Text
 from compiled_sparse.layout import check_extents
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_fraction(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < 1  # type: ignore[operator]
+
+
+def _require(name: str, value: object, valid: bool, expected: str) -> None:
+    if value is None or valid:
+        return
+    raise MetadataError(
+        f"{name} is out of range",
+        got=repr(value),
+        expected=expected,
+        next_step=f"pass {name} as {expected}, or leave it out",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,62 +45,167 @@ class LayoutMetadata:
 
     Args:
         grid_thw: Token grid after patching, slowest axis first.
-        text: Text tokens around the video tokens.
+        text: Text tokens around the video tokens; None where nobody said, so that only the graph
+            can tell where the video is in a longer sequence.
     """
 
     grid_thw: tuple[int, ...]
-    text: Text = Text()
+    text: Text | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Length of a sequence with this layout."""
-        total = self.text.before + self.text.after
+    def num_video_tokens(self) -> int:
+        """Tokens on the grid."""
         video = 1
         for extent in self.grid_thw:
             video *= extent
-        return total + video
+        return video
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of a sequence with this layout; text nobody mentioned is not counted."""
+        text = self.text or Text()
+        return text.before + self.num_video_tokens + text.after
 
 
-_current: ContextVar[LayoutMetadata | None] = ContextVar("compiled_sparse_metadata", default=None)
+@dataclass(frozen=True, slots=True)
+class CallMetadata:
+    """The part that changes from call to call and never compiles anything again.
+
+    Args:
+        step: Index of the denoising step, from 0; None where nobody said.
+        num_steps: Number of denoising steps.
+        sparsity: Fraction of the work to leave out, for mechanisms that read it at run time.
+
+    Raises:
+        MetadataError: if a value is out of range, or the step is not one of the steps.
+    """
+
+    step: int | None = None
+    num_steps: int | None = None
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        _require("step", self.step, _is_count(self.step), "an integer of at least 0")
+        positive = _is_count(self.num_steps) and self.num_steps != 0
+        _require("num_steps", self.num_steps, positive, "an integer of at least 1")
+        _require("sparsity", self.sparsity, _is_fraction(self.sparsity), "a number in [0, 1)")
+        if self.step is None or self.num_steps is None or self.step < self.num_steps:
+            return
+        raise MetadataError(
+            "the step is not one of the steps",
+            got=f"step={self.step}, num_steps={self.num_steps}",
+            expected="step < num_steps; the first step is 0",
+            next_step="count steps from 0, or correct num_steps",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    layout: LayoutMetadata | None = None
+    call: CallMetadata = CallMetadata()
+
+
+_NOTHING = _State()
+_current: ContextVar[_State] = ContextVar("compiled_sparse_metadata", default=_NOTHING)
 
 
 def current_layout() -> LayoutMetadata | None:
     """Return the layout given by the innermost `metadata` block of this thread, or None."""
-    return _current.get()
+    return _current.get().layout
+
+
+def current_call() -> CallMetadata:
+    """Return step, number of steps and sparsity as this thread's blocks give them."""
+    return _current.get().call
 
 
 @contextmanager
 def metadata(
-    *, grid_thw: tuple[int, ...] | None = None, text: Text | None = None
+    *,
+    grid_thw: tuple[int, ...] | None = None,
+    text: Text | None = None,
+    step: int | None = None,
+    num_steps: int | None = None,
+    sparsity: float | None = None,
 ) -> Iterator[None]:
-    """Say how the tokens of the calls inside the block are laid out.
+    """Say what the calls inside the block are about.
 
     What is not given is inherited from the enclosing block. A model that was compiled under another
-    layout compiles a variant of its own; nothing is reused across layouts.
+    layout compiles a variant of its own; nothing is reused across layouts. Step and sparsity never
+    compile anything.
 
     Args:
         grid_thw: Token grid after patching, (T, H, W) for video, (H, W) for images.
-        text: Text tokens around the video tokens of joint attention.
+        text: Text tokens around the video tokens of joint attention; left out, they are looked for
+            in the graph.
+        step: Index of the denoising step, from 0.
+        num_steps: Number of denoising steps.
+        sparsity: Fraction of the work to leave out, for mechanisms that read it at run time.
 
     Raises:
         LayoutError: if the grid is not one to three positive integers, or text comes without one.
+        MetadataError: if step, number of steps or sparsity are out of range.
     """
     outer = _current.get()
+    layout = _layout(outer.layout, grid_thw, text)
+    given = {"step": step, "num_steps": num_steps, "sparsity": sparsity}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    token = _current.set(_State(layout, dataclasses.replace(outer.call, **changed)))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any], Any]:
+    """Return a function that tells this package the step a diffusers pipeline is at.
+
+    Pass it as `pipe(..., callback_on_step_end=cs.step_callback())`. Making it sets step 0 for the
+    calls that follow in this thread; after step i it sets i + 1, after the last one 0 again.
+
+    Args:
+        num_steps: Number of denoising steps; None reads `num_timesteps` of the pipeline after its
+            first step.
+
+    Returns:
+        A callable for `callback_on_step_end`; it returns the keyword arguments it was given.
+
+    Raises:
+        MetadataError: if `num_steps` is not a positive integer.
+    """
+    _set_step(0, num_steps)
+
+    def after_step(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        total = num_steps if num_steps is not None else getattr(pipe, "num_timesteps", None)
+        is_last = total is not None and step + 1 >= total
+        _set_step(0 if is_last else step + 1, total)
+        return kwargs
+
+    return after_step
+
+
+def _set_step(step: int, num_steps: int | None) -> None:
+    state = _current.get()
+    call = dataclasses.replace(state.call, step=step, num_steps=num_steps)
+    _current.set(dataclasses.replace(state, call=call))
+
+
+def _layout(
+    outer: LayoutMetadata | None, grid_thw: tuple[int, ...] | None, text: Text | None
+) -> LayoutMetadata | None:
+    if grid_thw is None and text is None:
+        return outer
     if grid_thw is None and outer is not None:
         grid_thw = outer.grid_thw
-    if text is None:
-        text = outer.text if outer is not None else Text()
+    if text is None and outer is not None:
+        text = outer.text
     if grid_thw is None:
         raise LayoutError(
             "metadata without a grid",
-            got="grid_thw=None and no enclosing metadata block",
+            got=f"grid_thw=None, {text} and no enclosing block with a grid",
             expected="the token grid of the video",
             next_step="pass grid_thw=(T, H, W), counted in tokens after patching",
         )
     grid_thw = tuple(grid_thw)
     check_extents("grid_thw", grid_thw)
-    token = _current.set(LayoutMetadata(grid_thw, text))
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return LayoutMetadata(grid_thw, text)

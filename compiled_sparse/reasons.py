@@ -22,6 +22,7 @@ REASONS: dict[str, str] = {
     "mask_unsupported": "The attention mask is not provably a key-padding mask.",
     "dropout": "Dropout inside attention. Set the attention dropout to 0.",
     "causal": "Causal attention. The mechanism is bidirectional.",
+    "forward_only": "The mechanism has no backward. Use torch.no_grad(), or name another one.",
     "dtype_unsupported": "The dtype has no kernel. Use float32, bfloat16, float16 or float64.",
     "head_dim_unsupported": "The head size has no kernel.",
     "device_unsupported": "No kernel for this device in this release. CPU only, for now.",

@@ -5,6 +5,8 @@ A raise statement without a case here fails `test_every_error_has_a_case_for_its
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
@@ -15,13 +17,19 @@ from messages import raised_at
 
 import compiled_sparse as cs
 from compiled_sparse import errors
+from compiled_sparse import registry
+from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.mechanisms import sta
+from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
 
-MODULES = ("config", "policy", "metadata", "layout", "options")
+MODULES = ("config", "policy", "metadata", "layout", "options", "registry")
+
+STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
 
 
 def enter_metadata(**arguments: Any) -> None:
@@ -182,6 +190,22 @@ CASES = {
         "grid_thw=(T, H, W)",
         lambda: enter_metadata(text=cs.Text(1)),
     ),
+    "step": Case(
+        errors.MetadataError,
+        "step is out of range",
+        "-1",
+        "an integer of at least 0",
+        "or leave it out",
+        lambda: enter_metadata(step=-1),
+    ),
+    "step of steps": Case(
+        errors.MetadataError,
+        "the step is not one of the steps",
+        "step=4, num_steps=4",
+        "the first step is 0",
+        "correct num_steps",
+        lambda: enter_metadata(step=4, num_steps=4),
+    ),
     "inner": Case(
         errors.UnknownOptionError,
         "unknown inner compiler",
@@ -222,6 +246,38 @@ CASES = {
         "2 sides",
         lambda: cs.STA().resolve_tile((4, 4)),
     ),
+    "automatic numbers": Case(
+        errors.ConfigError,
+        "Auto has a number out of range",
+        "window_fraction=1.5",
+        "0 < window_fraction <= 1",
+        "window_fraction=0.6",
+        lambda: Auto(window_fraction=1.5),
+    ),
+    "unnamed mechanism": Case(
+        errors.ConfigError,
+        "without a name or without one definition",
+        "name ''",
+        "a config class with a name",
+        "set `name`",
+        lambda: replace(MECHANISM, config=MechanismConfig),
+    ),
+    "mechanism name": Case(
+        errors.ConfigError,
+        "two mechanisms of one name",
+        "'dense' for Dense",
+        "a name that no other mechanism has",
+        "change `name`",
+        lambda: registry.register(replace(MECHANISM, config=cs.Dense)),
+    ),
+    "entry point": Case(
+        errors.UnknownMechanismError,
+        "the entry point 'stb' gives no mechanism of this name",
+        "compiled_sparse.mechanisms.sta:MECHANISM",
+        "called like the entry point",
+        "uninstall the package",
+        lambda: registry._load(STRAY),
+    ),
     "windows per head": Case(
         errors.ConfigError,
         "does not have one window per query head",
@@ -248,7 +304,7 @@ def test_every_error_class_is_also_a_builtin_error() -> None:
         for each in vars(errors).values()
         if isinstance(each, type) and each is not errors.CompiledSparseError
     ]
-    assert len(classes) >= 12
+    assert len(classes) >= 13
     builtin = (ValueError, TypeError, RuntimeError, ImportError)
     assert all(issubclass(each, errors.CompiledSparseError) for each in classes)
     assert all(issubclass(each, builtin) for each in classes)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import compiled_sparse as cs
 from compiled_sparse.errors import LayoutError
+from compiled_sparse.errors import MetadataError
+from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 
 
@@ -28,7 +33,7 @@ def test_an_inner_block_inherits_what_it_does_not_set() -> None:
         with cs.metadata(grid_thw=[6, 7]):
             assert current_layout() == LayoutMetadata((6, 7), cs.Text(1, 5))
             with cs.metadata(text=cs.Text()):
-                assert current_layout() == LayoutMetadata((6, 7))
+                assert current_layout() == LayoutMetadata((6, 7), cs.Text())
             with cs.metadata():
                 assert current_layout() == LayoutMetadata((6, 7), cs.Text(1, 5))
         assert current_layout() == LayoutMetadata((2, 3, 4), cs.Text(1, 5))
@@ -53,7 +58,7 @@ def test_a_refused_block_leaves_the_outer_layout_in_place() -> None:
 
 
 def test_text_without_a_grid_is_refused() -> None:
-    with pytest.raises(LayoutError, match="metadata without a grid"), cs.metadata(text=cs.Text(1)):
+    with pytest.raises(LayoutError, match="without a grid"), cs.metadata(text=cs.Text(1)):
         pass
 
 
@@ -101,3 +106,78 @@ def test_tasks_inherit_the_layout_and_do_not_see_each_other() -> None:
     asyncio.run(main())
     for number in (1, 2):
         assert seen[number] == [LayoutMetadata((9,)), LayoutMetadata((number,))]
+
+
+def test_text_nobody_mentioned_is_not_the_same_as_no_text() -> None:
+    with cs.metadata(grid_thw=(2, 3)):
+        assert current_layout() == LayoutMetadata((2, 3), None)
+        assert current_layout() != LayoutMetadata((2, 3), cs.Text())
+    assert LayoutMetadata((2, 3), None).num_tokens == 6
+
+
+# What changes from call to call.
+
+
+def test_step_and_sparsity_need_no_grid_and_leave_the_layout_alone() -> None:
+    with cs.metadata(step=3, num_steps=50, sparsity=0.5):
+        assert current_layout() is None
+        assert current_call() == CallMetadata(3, 50, 0.5)
+        with cs.metadata(grid_thw=(2, 3)), cs.metadata(step=4):
+            assert current_call() == CallMetadata(4, 50, 0.5)
+            assert current_layout() == LayoutMetadata((2, 3))
+        assert current_call() == CallMetadata(3, 50, 0.5)
+    assert current_call() == CallMetadata()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"step": -1},
+        {"step": True},
+        {"step": 1.0},
+        {"num_steps": 0},
+        {"sparsity": 1.0},
+        {"sparsity": -0.1},
+        {"step": 5, "num_steps": 5},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MetadataError), cs.metadata(**wrong):
+        pass
+    assert current_call() == CallMetadata()
+
+
+def _in_new_context(function: Any) -> Any:
+    """Run where a step that is set for good is forgotten afterwards."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@pytest.mark.parametrize(("num_steps", "pipe_steps"), [(3, None), (None, 3), (3, 7)])
+def test_the_callback_counts_steps_and_starts_over(
+    num_steps: int | None, pipe_steps: int | None
+) -> None:
+    def sample() -> list[int | None]:
+        pipe = SimpleNamespace(num_timesteps=pipe_steps)
+        seen = []
+        callback = cs.step_callback(num_steps)
+        for step in range(3):
+            seen.append(current_call().step)
+            kwargs = {"latents": step}
+            assert callback(pipe, step, 1000 - step, kwargs) is kwargs
+            assert current_call().num_steps == 3
+        return [*seen, current_call().step]
+
+    assert _in_new_context(sample) == [0, 1, 2, 0]
+
+
+def test_a_callback_made_inside_a_block_ends_with_it() -> None:
+    with cs.metadata(grid_thw=(2, 3), sparsity=0.5):
+        cs.step_callback(4)(None, 1, 0, {})
+        assert current_call() == CallMetadata(2, 4, 0.5)
+        assert current_layout() == LayoutMetadata((2, 3))
+    assert current_call() == CallMetadata()

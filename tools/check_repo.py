@@ -115,7 +115,7 @@ class _DeviceFinder(ast.NodeVisitor):
             self.generic_visit(node)
 
 
-_ABOVE_OPS = ("passes", "selector", "attach", "backend", "cli")
+_ABOVE_OPS = ("mechanisms", "passes", "selector", "attach", "backend", "cli")
 _NOT_FOR_LEAVES = ("ops", "kernels", "reference", *_ABOVE_OPS)
 
 # Module or folder of the package -> what it must not import. "Layout of the tree" in
@@ -127,9 +127,11 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "metadata": _NOT_FOR_LEAVES,
     "pattern": _NOT_FOR_LEAVES,
     "policy": _NOT_FOR_LEAVES,
+    "registry": _NOT_FOR_LEAVES,
     "reference": ("ops", "kernels", *_ABOVE_OPS),
     "kernels": ("ops", "reference", *_ABOVE_OPS),
     "ops": _ABOVE_OPS,
+    "mechanisms": ("passes", "selector", "attach", "backend", "cli"),
     "passes": ("backend", "cli"),
     "selector": ("backend", "cli"),
     "attach": ("backend", "cli"),

@@ -6,18 +6,16 @@ import operator
 from typing import Literal
 from typing import overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_sparse.config import STA
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
-from compiled_sparse.ops.sta import flatten_windows
+from compiled_sparse.registry import mechanism_of
 
 
 @overload
@@ -88,11 +86,12 @@ def attention(
     """
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
-    if not isinstance(config, STA):
+    mechanism = mechanism_of(config)
+    if mechanism is None:
         raise ConfigError(
             "this config names no mechanism that can be called",
             got=repr(config),
-            expected="STA(...) or Dense()",
+            expected="STA(...) or Dense(), or the config of another registered mechanism",
             next_step="pass one of these; 'auto' is only for the compile backend",
         )
     if grid_thw is None:
@@ -105,29 +104,19 @@ def attention(
     text = text or Text()
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
-    out, lse = torch.ops.compiled_sparse.sta(
-        q,
-        k,
-        v,
-        key_mask,
-        list(grid_thw),
-        list(tile),
-        flatten_windows(config.windows),
-        text.before,
-        text.after,
-        scale,
-    )
+    call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
+    out, lse = call.op(q, k, v, key_mask, *call.arguments, scale)
     return (out, lse) if return_lse else out
 
 
-def _resolve_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
-    if config.tile_thw != "auto":
+def _resolve_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
+    if not config.needs_static_grid:
         return config.resolve_tile(grid)
     # The choice follows the grid: a traced grid becomes constant, so that each compiles anew.
     return _choose_tile(config, tuple(operator.index(side) for side in grid))
 
 
-def _choose_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
+def _choose_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
     return config.resolve_tile(grid)
 
 
@@ -136,7 +125,7 @@ def _choose_tile(config: STA, grid: tuple[int, ...]) -> tuple[int, ...]:
 _choose_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_self_attention(q: Tensor, k: Tensor, config: STA) -> None:
+def _check_self_attention(q: Tensor, k: Tensor, config: MechanismConfig) -> None:
     """Check what the op cannot tell from lists alone; tensors of a wrong rank are left to it."""
     if q.dim() != 4 or k.dim() != 4:
         return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
@@ -84,7 +85,7 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
             "layout_unknown", "queries, keys and values are not provably the same tokens"
         )
     if given is not None and bool(length == given.num_tokens):
-        text = given.text
+        text = given.text or Text()
         return SiteLayout(given.grid_thw, text.before, text.after, origin="metadata")
     if has_video(site.query_track):
         return _layout_of_track(site.query_track)

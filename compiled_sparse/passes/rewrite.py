@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import operator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -16,7 +14,6 @@ from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
-from compiled_sparse.ops.sta import flatten_windows
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
@@ -33,9 +30,12 @@ from compiled_sparse.passes.sites import OtherAttention
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.policy import Policy
+from compiled_sparse.registry import Capabilities
+from compiled_sparse.registry import Chosen
+from compiled_sparse.registry import Refused
+from compiled_sparse.registry import mechanism_of
 from compiled_sparse.report import Decision
-from compiled_sparse.selector import Chosen
-from compiled_sparse.selector import Refused
+from compiled_sparse.selector import capabilities_of
 from compiled_sparse.selector import choose
 from compiled_sparse.selector import needs_static_grid
 from compiled_sparse.selector import requested
@@ -103,9 +103,10 @@ def _prove(
     """Default deny: every condition must hold, the first that does not is the reason."""
     if not isinstance(site.tensor("query"), FakeTensor):
         return Refused("rank_unsupported", "inside a function transform such as vmap")
+    capabilities = capabilities_of(config)
     refused = (
-        _call_supported(site)
-        or tensors_supported(site.tensor("query"), site.tensor("value"))
+        _call_supported(site, capabilities)
+        or tensors_supported(site.tensor("query"), site.tensor("value"), capabilities)
         or _broadcasts(site)
     )
     if refused is not None and refused.reason == "rank_unsupported":
@@ -127,16 +128,18 @@ def _prove(
     return chosen if isinstance(chosen, Refused) else (layout, chosen)
 
 
-def _call_supported(site: Site) -> Refused | None:
+def _call_supported(site: Site, capabilities: Capabilities) -> Refused | None:
     arguments = site.arguments
     if arguments["dropout_p"] != 0.0:
         return Refused("dropout", f"dropout_p={arguments['dropout_p']}")
-    if arguments["is_causal"]:
+    if arguments["is_causal"] and not capabilities.causal:
         return Refused("causal")
     if arguments["attn_mask"] is not None and not is_key_padding(site):
         mask = site.tensor("attn_mask")
         shape = tuple(hint(size) for size in mask.shape)
         return Refused("mask_unsupported", f"{mask.dtype} mask of shape {shape}")
+    if arguments["attn_mask"] is not None and not capabilities.key_mask:
+        return Refused("mask_unsupported", "the mechanism takes no mask")
     return None
 
 
@@ -157,13 +160,12 @@ def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
     key_mask = key_mask_node(site)
+    mechanism = mechanism_of(chosen.config)
+    assert mechanism is not None
     with graph.inserting_before(site.node):
-        grid, text_before, text_after = layout_arguments(site, layout)
-        windows = flatten_windows(chosen.config.windows)
-        geometry = (grid, list(chosen.tile), windows, text_before, text_after)
+        call = mechanism.lower(chosen.config, chosen.tile, *layout_arguments(site, layout))
         op = graph.call_function(
-            torch.ops.compiled_sparse.sta.default,
-            (query, key, value, key_mask, *geometry, site.arguments["scale"]),
+            call.op, (query, key, value, key_mask, *call.arguments, site.arguments["scale"])
         )
         out = graph.call_function(operator.getitem, (op, 0))
     _describe(site, op, out)
@@ -201,7 +203,7 @@ def _dense_decision(site: Site, outcome: Refused | Refusal) -> Decision:
 
 def _sparse_decision(site: Site, layout: SiteLayout, chosen: Chosen) -> Decision:
     before, after = hint(layout.text_before), hint(layout.text_after)
-    config = dataclasses.replace(chosen.config, tile_thw=chosen.tile)
+    config = chosen.config.resolved(chosen.tile)
     return Decision(
         kind="joint" if before + after else "self",
         decision="sparse",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compiled_sparse.config import STA
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import ConfigError
@@ -13,6 +12,7 @@ from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import Text
+from compiled_sparse.registry import mechanism_of
 
 _QUERY_CHUNK = 1024
 
@@ -39,7 +39,7 @@ def attention(
         q: [batch, query heads, length, head_dim].
         k: [batch, key heads, length, head_dim].
         v: like `k`.
-        config: `Dense()` or `STA(...)`.
+        config: `Dense()`, or the config of any mechanism.
         grid_thw: Token grid of the video; not needed for `Dense`.
         text: Text tokens around the video.
         key_mask: bool [batch, key length], True where the key is attended.
@@ -54,10 +54,15 @@ def attention(
         LayoutError: if grid and text do not add up to the lengths.
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
+    mechanism = mechanism_of(config)
+    if mechanism is not None and mechanism.reference is not None:
+        both = mechanism.reference(
+            q, k, v, config, grid_thw=grid_thw, text=text, key_mask=key_mask, scale=scale
+        )
+        return both if return_lse else both[0]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    if isinstance(config, STA):
-        config.check_heads(q.shape[1])
+    config.check_heads(q.shape[1])
     groups = q.shape[1] // k.shape[1]
     keys = k.to(compute).repeat_interleave(groups, dim=1)
     values = v.to(compute).repeat_interleave(groups, dim=1)
@@ -119,11 +124,12 @@ def token_mask(
     keys = torch.arange(key_length, device=device)
     if isinstance(config, Dense):
         return torch.ones(1, 1, len(queries), key_length, dtype=torch.bool, device=device)
-    if not isinstance(config, STA):
+    mechanism = mechanism_of(config)
+    if mechanism is None or mechanism.token_mask is None:
         raise ConfigError(
-            "this config has no reference",
+            "this config has no token mask",
             got=repr(config),
-            expected="Dense() or STA(...)",
+            expected="Dense(), or the config of a mechanism whose mask is fixed, such as STA(...)",
             next_step="pass the config of one mechanism",
         )
     if grid_thw is None:
@@ -142,44 +148,5 @@ def token_mask(
             expected=f"length {length}",
             next_step="pass the grid in tokens after patching, and the text token counts",
         )
-    heads = [
-        _sta_mask(queries - text.before, keys - text.before, grid_thw, tile, window)
-        for window in config.windows
-    ]
-    return torch.stack(heads)[None]
-
-
-def _sta_mask(
-    queries: Tensor,
-    keys: Tensor,
-    grid: tuple[int, ...],
-    tile: tuple[int, ...],
-    window: tuple[int, ...],
-) -> Tensor:
-    """Mechanism rule by rule: text sees all and is seen by all; video sees its window of tiles.
-
-    Positions are counted from the first video token, so text positions are negative or past the
-    grid.
-    """
-    num_video = 1
-    for extent in grid:
-        num_video *= extent
-    query_is_text = (queries < 0) | (queries >= num_video)
-    key_is_text = (keys < 0) | (keys >= num_video)
-    visible = torch.ones(len(queries), len(keys), dtype=torch.bool, device=queries.device)
-    stride = num_video
-    for extent, side, nominal in zip(grid, tile, window, strict=True):
-        stride //= extent
-        query_tile = (queries // stride % extent // side)[:, None]
-        key_tile = (keys // stride % extent // side)[None, :]
-        visible &= _axis_visible(query_tile, key_tile, -(-extent // side), nominal)
-    return visible | query_is_text[:, None] | key_is_text[None, :]
-
-
-def _axis_visible(query_tile: Tensor, key_tile: Tensor, num_tiles: int, nominal: int) -> Tensor:
-    half = nominal // 2
-    width = 2 * half + 1
-    if width >= num_tiles:
-        return (key_tile >= 0) & (query_tile >= 0)
-    first = (query_tile - half).clamp(min=0, max=num_tiles - width)
-    return (key_tile >= first) & (key_tile < first + width)
+    from_video = (queries - text.before, keys - text.before)
+    return mechanism.token_mask(config, *from_video, tuple(grid_thw), tile)[None]

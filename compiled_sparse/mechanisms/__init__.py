@@ -1,0 +1,8 @@
+"""The built-in mechanisms; importing registers them, as an installed package's would be."""
+
+from __future__ import annotations
+
+from compiled_sparse.mechanisms import sta
+from compiled_sparse.registry import register
+
+register(sta.MECHANISM)
