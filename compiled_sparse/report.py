@@ -28,6 +28,8 @@ class Decision:
         query_shape: [batch, heads, length, head_dim] at compile time.
         key_shape: The same for the keys.
         dtype: Name of the queries' dtype.
+        mask: What the call's mask is proven to be: "key_padding", "query_and_key_padding",
+            "all_true" (left out), "other" where nothing is proven, empty without a mask.
         grid_thw: Token grid, where one is known.
         text_before: Text tokens in front of the video.
         text_after: Text tokens behind it.
@@ -46,6 +48,7 @@ class Decision:
     query_shape: tuple[int, ...] = ()
     key_shape: tuple[int, ...] = ()
     dtype: str = ""
+    mask: str = ""
     grid_thw: tuple[int, ...] | None = None
     text_before: int = 0
     text_after: int = 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import example_value
@@ -52,6 +53,22 @@ def mask_rule(*names: str, writes: bool = False) -> Callable[[MaskRule], MaskRul
     return register
 
 
+def masks_at(
+    owner: fx.GraphModule, mask_of: Callable[[fx.Node], Any]
+) -> dict[fx.Node, MaskValue | None]:
+    """Return what the mask of every attention call holds, checkpointed graphs included.
+
+    Args:
+        owner: Graph module as Dynamo hands it out, or its clone.
+        mask_of: Returns the mask of an attention call, None for anything else.
+    """
+    analysis = MaskAnalysis(owner)
+    # Tables are real tensors, computed while the graph is compiled.
+    with unset_fake_temporarily(), torch.no_grad(), torch._C.DisableTorchFunction():
+        analysis.run(mask_of)
+    return analysis.at_sites
+
+
 class MaskAnalysis:
     """The values of all nodes of one graph.
 
@@ -76,20 +93,20 @@ class MaskAnalysis:
         self._values: dict[fx.Node, MaskValue | None] = {}
         self._tuples: dict[fx.Node, list[MaskValue | None]] = {}
 
-    def run(self, is_site: Callable[[fx.Node], Any]) -> None:
+    def run(self, mask_of: Callable[[fx.Node], Any]) -> None:
         """Walk the graph and the checkpointed ones in it, and note the masks of sites.
 
         Args:
-            is_site: Returns the mask of an attention call, None for anything else.
+            mask_of: Returns the mask of an attention call, None for anything else.
         """
         for node in self.owner.graph.nodes:
-            mask = is_site(node)
+            mask = mask_of(node)
             if isinstance(mask, fx.Node):
                 self._note(node, self.of(mask))
             if node.op == "output":
                 self.outputs = node.args[0]
             elif node.op == "call_function" and op_name(node) in CHECKPOINT_OPS:
-                self._enter(node, is_site)
+                self._enter(node, mask_of)
             elif not self.is_lost:
                 self._visit(node)
 
@@ -187,13 +204,13 @@ class MaskAnalysis:
         if self._outer is not None:
             self._outer._lose()
 
-    def _enter(self, node: fx.Node, is_site: Callable[[fx.Node], Any]) -> None:
+    def _enter(self, node: fx.Node, mask_of: Callable[[fx.Node], Any]) -> None:
         submodule = submodule_of(node.args[0], self.owner) if node.args else None  # type: ignore[arg-type]
         if submodule is None:
             self._lose()
             return
         inner = MaskAnalysis(submodule, self, node.args[1:])
-        inner.run(is_site)
+        inner.run(mask_of)
         results = inner.outputs if isinstance(inner.outputs, tuple | list) else ()
         self._tuples[node] = [self._visible_outside(inner, result) for result in results]
 

@@ -1,10 +1,11 @@
 """What an attention mask holds: a table of its values over boolean atoms.
 
-The elements of a mask are a function of few bits. An *atom* is one such bit: an element of a *leaf*,
-a small tensor whose elements are one of two values, picked by some of the mask's indices. The table
-lists the mask's value for every assignment of the atoms, so that `(1 - m[:, None]) * -10000.0` is
-the atom `m[index 0, index 2]` with the table `[-10000.0, 0.0]`. That the atoms are independent is
-assumed; what is proven for all assignments holds for the possible ones.
+The elements of a mask are a function of few bits. An *atom* is one such bit: an element of a
+*leaf*, a small tensor whose elements are one of two values, picked by some of the mask's indices.
+The table lists the mask's value for every assignment of the atoms, so that
+`(1 - m[:, None]) * -10000.0` is the atom `m[index 0, index 2]` with the table `[-10000.0, 0.0]`.
+That the atoms are independent is assumed; what is proven for all assignments holds for the
+possible ones.
 """
 
 from __future__ import annotations
@@ -117,9 +118,7 @@ def leaf_value(leaf: Leaf, shape: Sequence[Any], values: Sequence[Any]) -> MaskV
 
 def moved(value: MaskValue, axes: dict[int, int]) -> MaskValue:
     """Return a value whose dimensions were renumbered; every one it depends on must be named."""
-    atoms = [
-        Atom(a.leaf, tuple(Axis(axes[x.dim], x.divisor) for x in a.axes)) for a in value.atoms
-    ]
+    atoms = [Atom(a.leaf, tuple(Axis(axes[x.dim], x.divisor) for x in a.axes)) for a in value.atoms]
     return MaskValue(tuple(atoms), value.table)
 
 

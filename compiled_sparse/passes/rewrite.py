@@ -24,8 +24,12 @@ from compiled_sparse.passes.layouts import find_layout
 from compiled_sparse.passes.layouts import is_static
 from compiled_sparse.passes.layouts import layout_arguments
 from compiled_sparse.passes.layouts import specialized
-from compiled_sparse.passes.masks import is_key_padding
-from compiled_sparse.passes.masks import key_mask_node
+from compiled_sparse.passes.mask_forms import MaskForm
+from compiled_sparse.passes.masks import blank_padded_queries
+from compiled_sparse.passes.masks import erase_unused
+from compiled_sparse.passes.masks import insert_key_mask
+from compiled_sparse.passes.masks import key_mask_of
+from compiled_sparse.passes.masks import slim_dense_mask
 from compiled_sparse.passes.sites import OtherAttention
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
@@ -90,11 +94,15 @@ class SparseAttentionPass:
         config = requested(self.policy, site.path)
         outcome = _prove(site, config, self.layout)
         if isinstance(outcome, Refused | Refusal):
-            return _dense_decision(site, outcome)
+            decision = _dense_decision(site, outcome)
+            if self.rewrite:
+                slim_dense_mask(site)
+            return decision
         layout, chosen = outcome
+        decision = _sparse_decision(site, layout, chosen)
         if self.rewrite:
             _replace(site, layout, chosen)
-        return _sparse_decision(site, layout, chosen)
+        return decision
 
 
 def _prove(
@@ -134,11 +142,10 @@ def _call_supported(site: Site, capabilities: Capabilities) -> Refused | None:
         return Refused("dropout", f"dropout_p={arguments['dropout_p']}")
     if arguments["is_causal"] and not capabilities.causal:
         return Refused("causal")
-    if arguments["attn_mask"] is not None and not is_key_padding(site):
-        mask = site.tensor("attn_mask")
-        shape = tuple(hint(size) for size in mask.shape)
-        return Refused("mask_unsupported", f"{mask.dtype} mask of shape {shape}")
-    if arguments["attn_mask"] is not None and not capabilities.key_mask:
+    form = key_mask_of(site)
+    if isinstance(form, Refusal):
+        return Refused(form.reason, form.detail)
+    if form is not None and not form.hides_nothing and not capabilities.key_mask:
         return Refused("mask_unsupported", "the mechanism takes no mask")
     return None
 
@@ -159,18 +166,22 @@ def _broadcasts(site: Site) -> Refused | None:
 def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
-    key_mask = key_mask_node(site)
+    form = key_mask_of(site)
+    assert not isinstance(form, Refusal)
+    mask = insert_key_mask(site, form)
     mechanism = mechanism_of(chosen.config)
     assert mechanism is not None
     with graph.inserting_before(site.node):
         call = mechanism.lower(chosen.config, chosen.tile, *layout_arguments(site, layout))
         op = graph.call_function(
-            call.op, (query, key, value, key_mask, *call.arguments, site.arguments["scale"])
+            call.op, (query, key, value, mask.keys, *call.arguments, site.arguments["scale"])
         )
         out = graph.call_function(operator.getitem, (op, 0))
     _describe(site, op, out)
-    site.node.replace_all_uses_with(out)
+    site.node.replace_all_uses_with(blank_padded_queries(site, mask, out))
     graph.erase_node(site.node)
+    if form is not None:
+        erase_unused(site.arguments["attn_mask"])
 
 
 def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
@@ -226,4 +237,12 @@ def _facts(site: Site) -> dict[str, Any]:
         "query_shape": tuple(hint(size) for size in query.shape),
         "key_shape": tuple(hint(size) for size in key.shape),
         "dtype": str(query.dtype).removeprefix("torch."),
+        "mask": _mask_name(site),
     }
+
+
+def _mask_name(site: Site) -> str:
+    form = key_mask_of(site)
+    if not isinstance(form, MaskForm):
+        return "" if form is None else "other"
+    return form.name

@@ -230,7 +230,7 @@ def reshape_tracks(
     Returns:
         Tracks after.
     """
-    groups = _reshape_groups(shape, new_shape)
+    groups = reshape_groups(shape, new_shape)
     result = [stream(size, (origin, i)) for i, size in enumerate(new_shape)]
     for old, new in groups or []:
         followed = _reshape_group([tracks[i] for i in old], [new_shape[i] for i in new])
@@ -239,7 +239,7 @@ def reshape_tracks(
     return tuple(result)
 
 
-def _reshape_groups(
+def reshape_groups(
     shape: Sequence[Any], new_shape: Sequence[Any]
 ) -> list[tuple[list[int], list[int]]] | None:
     """Pair up runs of dimensions with provably equal products, ignoring sizes of one."""
