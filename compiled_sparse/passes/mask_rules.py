@@ -133,7 +133,7 @@ def _carried_out(analysis: MaskAnalysis, node: fx.Node, operation: Any) -> MaskV
     table = _result(operation, args, kwargs)
     if table is None or table.dtype != example_value(node).dtype:
         return None
-    return make_value(atoms, table.expand([2] * len(atoms)).clone())
+    return make_value(atoms, table.expand([2] * len(atoms)) if atoms else table.reshape(()))
 
 
 def _operands(analysis: MaskAnalysis, node: fx.Node) -> dict[fx.Node, MaskValue] | None:

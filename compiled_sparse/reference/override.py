@@ -13,7 +13,6 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.reference.attention import attention
 
-
 Padding = tuple[Tensor | None, Tensor | None]
 
 _HIDING_BIAS = -9000.0
