@@ -105,12 +105,17 @@ class Report:
     def rows(self) -> list[dict[str, str]]:
         """Return one mapping from column title to text per group of like calls.
 
-        Calls that differ only in a number of their path share a row: `blocks.{0-29}.attn1`.
+        Calls that differ only in a number of their path share a row: `blocks.{0-29}.attn1`. There
+        is a column for masks if any call has one.
         """
         groups: dict[tuple[str, ...], list[str]] = {}
         for site in self.sites:
             groups.setdefault((_template(site.path), *_cells(site).values()), []).append(site.path)
-        return [_row(key, paths) for key, paths in groups.items()]
+        rows = [_row(key, paths) for key, paths in groups.items()]
+        if not any(site.mask for site in self.sites):
+            for row in rows:
+                del row["mask"]
+        return rows
 
     def __str__(self) -> str:
         """Return a plain-text table with the summary and the meaning of each reason."""
@@ -170,6 +175,7 @@ def _cells(site: Decision) -> dict[str, str]:
         "q/k length": lengths + ("*" if site.dynamic else ""),
         "grid": grid,
         "text": text,
+        "mask": site.mask or "-",
         "decision": site.decision,
         "mechanism": site.mechanism or "-",
         "density": f"{site.density:.3f}",
