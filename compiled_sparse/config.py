@@ -20,10 +20,11 @@ from compiled_sparse.errors import ConfigFormatError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import UnknownMechanismError
 from compiled_sparse.layout import auto_tile
+from compiled_sparse.windows import Window
+from compiled_sparse.windows import WindowTable
 
-FORMAT_VERSION = 1
-
-Window = tuple[int, ...]
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # version 1 has no schedules and no numbers for Auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,15 @@ class MechanismConfig:
         """Return the config with its automatic parts filled in, as reports show it."""
         return self
 
+    @property
+    def table(self) -> WindowTable | None:
+        """The table of windows by step and layer, if there is one."""
+        return None
+
+    def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
+        """Return the config at a step in a layer; the same one unless it holds a schedule."""
+        return self
+
     def check_heads(self, heads: int) -> None:
         """Check that the config fits a number of query heads.
 
@@ -74,7 +84,8 @@ class MechanismConfig:
 
     def describe(self) -> str:
         """Return the config as a spec string, e.g. `sta:window_thw=3x3x3,tile_thw=6x8x8`."""
-        fields = [f"{key}={_spec_value(value)}" for key, value in dataclasses.asdict(self).items()]
+        names = (field.name for field in dataclasses.fields(self))
+        fields = [f"{name}={_spec_value(getattr(self, name))}" for name in names]
         return self.name + (":" + ",".join(fields) if fields else "")
 
     @staticmethod
@@ -150,7 +161,8 @@ class STA(MechanismConfig):
 
     Args:
         window_thw: Window in tiles per axis, (T, H, W) for video, (H, W) for images; or one such
-            triple per query head. On one axis a plain integer will do, as for `tile_thw`.
+            triple per query head; or a `WindowTable` of windows by step, layer and head. On one
+            axis a plain integer will do, as for `tile_thw`.
         tile_thw: Tokens per axis of a tile, or "auto" for the compact tile with least padding on
             the grid at hand. Grids need not be divisible by it.
 
@@ -161,11 +173,11 @@ class STA(MechanismConfig):
 
     name: ClassVar[str] = "sta"
 
-    window_thw: Window | tuple[Window, ...] = (3, 3, 3)
+    window_thw: Window | tuple[Window, ...] | WindowTable = (3, 3, 3)
     tile_thw: tuple[int, ...] | Literal["auto"] = (6, 8, 8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window_thw", _as_extents(self.window_thw))
+        object.__setattr__(self, "window_thw", _as_windows(self.window_thw))
         object.__setattr__(self, "tile_thw", _as_extents(self.tile_thw))
         windows = self.windows
         _require_extents("STA.window_thw", windows, self.window_thw)
@@ -189,10 +201,28 @@ class STA(MechanismConfig):
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """The windows: one for all heads, or one per query head."""
+        """The windows: one for all heads, or one per query head; of a table, its palette."""
+        if isinstance(self.window_thw, WindowTable):
+            return self.window_thw.windows
         given: Any = self.window_thw
         per_head = isinstance(given, tuple) and given and isinstance(given[0], tuple)
         return cast("tuple[Window, ...]", given if per_head else (given,))
+
+    @property
+    def table(self) -> WindowTable | None:
+        """The table of windows by step and layer, if there is one."""
+        return self.window_thw if isinstance(self.window_thw, WindowTable) else None
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads the windows are for; 1 holds for any."""
+        return len(self.windows) if self.table is None else self.table.num_heads
+
+    def at(self, step: int | None = None, layer: int | None = None) -> STA:
+        """Return the config at a step in a layer, with plain windows."""
+        if self.table is None:
+            return self
+        return dataclasses.replace(self, window_thw=self.table.row(step or 0, layer or 0))
 
     @property
     def num_axes(self) -> int:
@@ -229,10 +259,10 @@ class STA(MechanismConfig):
         Raises:
             ConfigError: if there is not.
         """
-        if len(self.windows) not in (1, heads):
+        if self.num_heads not in (1, heads):
             raise ConfigError(
                 "STA.window_thw does not have one window per query head",
-                got=f"{len(self.windows)} windows for {heads} heads",
+                got=f"{self.num_heads} windows for {heads} heads",
                 expected=f"1 or {heads} windows",
                 next_step="pass one window for all heads, or one per query head",
             )
@@ -313,13 +343,13 @@ def check_version(document: Mapping[str, Any]) -> None:
     """Check the `version` of a JSON document.
 
     Raises:
-        ConfigFormatError: if it is missing or not the one this release writes.
+        ConfigFormatError: if it is missing or not one this release can read.
     """
-    if document.get("version") != FORMAT_VERSION:
+    if document.get("version") not in _READABLE_VERSIONS:
         raise ConfigFormatError(
             "JSON document of another format version",
             got=f"version {document.get('version')!r}",
-            expected=f"version {FORMAT_VERSION}",
+            expected="version " + " or ".join(map(str, _READABLE_VERSIONS)),
             next_step="write the file again with to_json(), or use the release that wrote it",
         )
 
@@ -347,6 +377,12 @@ def parse_json_object(text: str) -> dict[str, Any]:
             next_step="write the file again with to_json()",
         )
     return document
+
+
+def _as_windows(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return WindowTable.from_dict(value)
+    return _as_extents(value)
 
 
 def _as_extents(value: Any) -> Any:
@@ -377,7 +413,7 @@ def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
 def _spec_value(value: Any) -> str:
     if isinstance(value, tuple):
         return ("/" if value and isinstance(value[0], tuple) else "x").join(map(_spec_value, value))
-    return str(value)
+    return value.describe() if isinstance(value, WindowTable) else str(value)
 
 
 def _parse_spec_value(text: str) -> Any:

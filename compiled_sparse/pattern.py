@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
-from compiled_sparse.config import Window
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.windows import Window
+from compiled_sparse.windows import WindowTable
 
 
 def effective_width(num_tiles: int, nominal: int) -> int:
@@ -31,6 +33,13 @@ def sta_density(layout: BlockLayout, windows: tuple[Window, ...]) -> float:
     """Fraction of (query, key) token pairs attended, averaged over the heads' windows."""
     pairs = sum(sta_pairs(layout, window) for window in windows)
     return pairs / (len(windows) * layout.num_tokens**2)
+
+
+def table_density(layout: BlockLayout, table: WindowTable) -> tuple[float, float, float]:
+    """Mean, least and largest density over the steps and layers of a table."""
+    of_window = [sta_density(layout, (window,)) for window in table.windows]
+    rows = [sum(map(of_window.__getitem__, row)) / len(row) for row in chain(*table.choice)]
+    return sum(rows) / len(rows), min(rows), max(rows)
 
 
 def _axis_token_pairs(extent: int, side: int, nominal: int) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 from compiled_sparse.config import STA
 from compiled_sparse.config import MechanismConfig
-from compiled_sparse.config import Window
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MissingExtraError
@@ -24,6 +23,7 @@ from compiled_sparse.layout import Text
 from compiled_sparse.pattern import effective_width
 from compiled_sparse.pattern import sta_density
 from compiled_sparse.pattern import window_start
+from compiled_sparse.windows import Window
 
 if TYPE_CHECKING:
     import numpy as np

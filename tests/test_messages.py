@@ -5,9 +5,11 @@ A raise statement without a case here fails `test_every_error_has_a_case_for_its
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
+from typing import ClassVar
 
 import pytest
 from messages import Case
@@ -21,15 +23,37 @@ from compiled_sparse import registry
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
+from compiled_sparse.environment import _parse
+from compiled_sparse.environment import mechanism_from_name
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.mechanisms import sta
+from compiled_sparse.mechanisms.block_selector import block_selector_mechanism
+from compiled_sparse.mechanisms.contract import build_metadata
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
 
-MODULES = ("config", "policy", "metadata", "layout", "options", "registry")
+MODULES = (
+    "config",
+    "environment",
+    "policy",
+    "metadata",
+    "layout",
+    "options",
+    "registry",
+    "mechanisms/block_selector",
+    "mechanisms/contract",
+)
 
 STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undefaulted(MechanismConfig):
+    """A config whose name alone would say too little."""
+
+    name: ClassVar[str] = "undefaulted"
+    keep: float
 
 
 def enter_metadata(**arguments: Any) -> None:
@@ -277,6 +301,80 @@ CASES = {
         "called like the entry point",
         "uninstall the package",
         lambda: registry._load(STRAY),
+    ),
+    "kind of a glob": Case(
+        errors.ConfigError,
+        "prefixed by something that is no kind of call",
+        "'cross:*'",
+        "self:, joint:",
+        '"joint:*"',
+        lambda: cs.Policy({"cross:*": "sta"}),
+    ),
+    "count of steps": Case(
+        errors.ConfigError,
+        "Policy.dense_first_steps is not a count",
+        "-1",
+        "an integer of at least 0",
+        "dense_first_steps=0",
+        lambda: cs.Policy({"*": "sta"}, dense_first_steps=-1),
+    ),
+    "field of a policy": Case(
+        errors.ConfigFormatError,
+        "unknown field of a policy",
+        "dense_steps",
+        "rules, dense_first_steps",
+        "correct the field name",
+        lambda: cs.Policy.from_json('{"version": 2, "policy": {"rules": {}, "dense_steps": 1}}'),
+    ),
+    "quality level": Case(
+        errors.ConfigError,
+        "unknown quality level",
+        "'best'",
+        "exact, careful, balanced, fast",
+        '"balanced"',
+        lambda: cs.quality("best"),
+    ),
+    "mechanism of another release": Case(
+        errors.UnknownMechanismError,
+        "this release does not have the mechanism",
+        "'vsa' here",
+        "dense, sta",
+        "install a package that provides it",
+        lambda: mechanism_from_name("VIDEO_SPARSE_ATTN"),
+    ),
+    "environment": Case(
+        errors.UnknownMechanismError,
+        "COMPILED_SPARSE_BACKEND is set to something unknown",
+        "'stta'",
+        "SLIDING_TILE_ATTN",
+        "unset it",
+        lambda: _parse("stta"),
+    ),
+    "default of a config": Case(
+        errors.ConfigError,
+        "fields without a default",
+        "Undefaulted: keep",
+        "the mechanism's name alone is a policy too",
+        "a default",
+        lambda: replace(MECHANISM, config=Undefaulted),
+    ),
+    "name of an op": Case(
+        errors.ConfigError,
+        "not the name of a mechanism and its op",
+        "name 'sta', config.name 'dense', runtime inputs ['time']",
+        "step, sparsity, layer, windows",
+        'set `name = "sta"`',
+        lambda: block_selector_mechanism(
+            "sta", cs.Dense, print, density=print, runtime_inputs=("time",)
+        ),
+    ),
+    "latents and patch": Case(
+        errors.LayoutError,
+        "latents and patch have different numbers of axes",
+        "raw_latent_shape (1, 16, 4, 8, 8), patch_size (1, 2, 2)",
+        "one patch side per axis",
+        "latents.shape[2:]",
+        lambda: build_metadata(step=0, raw_latent_shape=(1, 16, 4, 8, 8), patch_size=(1, 2, 2)),
     ),
     "windows per head": Case(
         errors.ConfigError,

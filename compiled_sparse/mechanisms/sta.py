@@ -10,9 +10,11 @@ from compiled_sparse.config import STA
 from compiled_sparse.config import Auto
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops import sta as _op  # noqa: F401 - defines the op
+from compiled_sparse.ops import sta_scheduled as _scheduled_op  # noqa: F401 - defines the op
 from compiled_sparse.ops.checks import KERNEL_CAPABILITIES
 from compiled_sparse.ops.sta import flatten_windows
 from compiled_sparse.pattern import sta_density
+from compiled_sparse.pattern import table_density
 from compiled_sparse.reference.sta import sta_token_mask
 from compiled_sparse.registry import KERNEL_EFFICIENCY
 from compiled_sparse.registry import Chosen
@@ -24,10 +26,14 @@ AUTO_MIN_WINDOW = 3
 
 
 def _evaluate(config: STA, layout: BlockLayout, heads: int) -> Chosen | Refused:
-    if len(config.windows) not in (1, heads):
-        return Refused("heads_mismatch", f"{len(config.windows)} windows, {heads} heads")
-    density = sta_density(layout, config.windows)
-    return Chosen(config, layout.tile, density, KERNEL_EFFICIENCY / density)
+    if config.num_heads not in (1, heads):
+        return Refused("heads_mismatch", f"{config.num_heads} windows, {heads} heads")
+    if config.table is None:
+        density = sta_density(layout, config.windows)
+        return Chosen(config, layout.tile, density, KERNEL_EFFICIENCY / density)
+    density, low, high = table_density(layout, config.table)
+    detail = f"density {low:.3f} to {high:.3f} by step and layer"
+    return Chosen(config, layout.tile, density, KERNEL_EFFICIENCY / density, detail)
 
 
 def _lower(
@@ -35,7 +41,10 @@ def _lower(
 ) -> OpCall:
     windows = flatten_windows(config.windows)
     arguments = (grid, list(tile), windows, text_before, text_after)
-    return OpCall(torch.ops.compiled_sparse.sta.default, arguments)
+    ops = torch.ops.compiled_sparse
+    if config.table is None:
+        return OpCall(ops.sta.default, arguments)
+    return OpCall(ops.sta_scheduled.default, arguments, ("windows", "step", "layer"))
 
 
 def _automatic(auto: Auto, layout: BlockLayout) -> STA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compiled_sparse.ops import bind as _bind  # noqa: F401 - registers the markers
 from compiled_sparse.ops.attention import attention
 from compiled_sparse.ops.block_sparse import block_sparse_attention
 

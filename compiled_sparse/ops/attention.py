@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Literal
 from typing import overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +17,10 @@ from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
+from compiled_sparse.metadata import current_call
 from compiled_sparse.registry import mechanism_of
+from compiled_sparse.runtime import call_tensor
+from compiled_sparse.runtime import index_tensor
 
 
 @overload
@@ -29,6 +34,8 @@ def attention(
     text: Text | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    step: int | None = ...,
+    layer: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -44,6 +51,8 @@ def attention(
     text: Text | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    step: int | None = ...,
+    layer: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -58,6 +67,8 @@ def attention(
     text: Text | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    step: int | None = None,
+    layer: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one mechanism, eagerly or inside any compiled function.
@@ -71,6 +82,8 @@ def attention(
         text: Text tokens around the video in the same sequence.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
+        step: Denoising step, for a config with a table of windows; None means the first.
+        layer: Layer, for the same.
         return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
 
     Returns:
@@ -101,12 +114,22 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
+    config = config.at(step, layer)
     text = text or Text()
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
-    out, lse = call.op(q, k, v, key_mask, *call.arguments, scale)
+    runtime = [_runtime_tensor(name, step, layer, q.device) for name in call.runtime_inputs]
+    out, lse = call.op(q, k, v, key_mask, *call.arguments, *runtime, scale)
     return (out, lse) if return_lse else out
+
+
+def _runtime_tensor(name: str, step: int | None, layer: int | None, device: torch.device) -> Tensor:
+    """Return what a mechanism reads at run time; its table, if any, was read by `config.at`."""
+    if name == "layer":
+        return index_tensor(layer or 0, device)
+    call = current_call()
+    return call_tensor(name, call if step is None else replace(call, step=step), device)
 
 
 def _resolve_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:

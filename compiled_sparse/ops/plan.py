@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from compiled_sparse.config import Window
 from compiled_sparse.layout import MAX_GRID_AXES
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.pattern import effective_width
+from compiled_sparse.windows import Window
 
 PADDING = -1
 _CACHE_SIZE = 64

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from compiled_sparse.config import Window
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops.autocast import register_autocast_like_sdpa
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import sta_lists
+from compiled_sparse.windows import Window
 
 _GEOMETRY = "SymInt[] grid, int[] tile, int[] windows, SymInt text_before, SymInt text_after"
 
@@ -37,7 +37,8 @@ def flatten_windows(windows: Sequence[Window]) -> list[int]:
     return [extent for window in windows for extent in window]
 
 
-def _unflatten_windows(flat: Sequence[int], num_axes: int) -> tuple[Window, ...]:
+def unflatten_windows(flat: Sequence[int], num_axes: int) -> tuple[Window, ...]:
+    """Read windows from the flat integer list of the op's schema."""
     return tuple(tuple(flat[i : i + num_axes]) for i in range(0, len(flat), num_axes))
 
 
@@ -50,7 +51,7 @@ def _block_lists(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     layout = BlockLayout(tuple(grid), tuple(tile), text_before, text_after)
-    indices, counts = sta_lists(layout, _unflatten_windows(windows, len(grid)), device)
+    indices, counts = sta_lists(layout, unflatten_windows(windows, len(grid)), device)
     # The compiler may reuse an output as scratch memory, so the cached plan is never handed out.
     return indices.clone(), counts.clone()
 
@@ -63,19 +64,11 @@ def _block_lists_fake(
     text_after: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    block_size = 1
-    num_tiles = 1
-    tiles_per_axis = []
-    for extent, side in zip(grid, tile, strict=True):
-        block_size *= side
-        tiles_per_axis.append((extent + side - 1) // side)
-        num_tiles *= tiles_per_axis[-1]
-    text_blocks = sum((t + block_size - 1) // block_size for t in (text_before, text_after))
-    num_blocks = num_tiles + text_blocks
-    per_head = _unflatten_windows(windows, len(grid))
+    num_blocks, tiles_per_axis = count_blocks(grid, tile, text_before, text_after)
+    per_head = unflatten_windows(windows, len(grid))
     # Lists are narrower without text, so a symbolic text that may vanish takes a guard.
     if guard_or_false(text_before + text_after == 0):
-        width = _list_width(tiles_per_axis, per_head)
+        width = list_width(tiles_per_axis, per_head)
     else:
         width = num_blocks
     indices = torch.empty(1, len(per_head), num_blocks, width, dtype=torch.int32, device=device)
@@ -83,7 +76,22 @@ def _block_lists_fake(
     return indices, counts
 
 
-def _list_width(tiles_per_axis: Sequence[Any], windows: Sequence[Window]) -> Any:
+def count_blocks(
+    grid: Sequence[Any], tile: Sequence[int], text_before: Any, text_after: Any
+) -> tuple[Any, list[Any]]:
+    """Return the number of blocks and of tiles per axis; sizes may be symbolic."""
+    block_size = 1
+    num_tiles: Any = 1
+    tiles_per_axis = []
+    for extent, side in zip(grid, tile, strict=True):
+        block_size *= side
+        tiles_per_axis.append((extent + side - 1) // side)
+        num_tiles = num_tiles * tiles_per_axis[-1]
+    text_blocks = sum((t + block_size - 1) // block_size for t in (text_before, text_after))
+    return num_tiles + text_blocks, tiles_per_axis
+
+
+def list_width(tiles_per_axis: Sequence[Any], windows: Sequence[Window]) -> Any:
     """Longest row over the heads; `sym_min` and `sym_max` keep symbolic grids free of guards."""
     widest: Any = 0
     for window in windows:

@@ -99,6 +99,11 @@ def nested_graphs(owner: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModu
             yield node, submodule
 
 
+def all_nested(owner: fx.GraphModule) -> list[fx.GraphModule]:
+    """Return the graph modules nested in one, at any depth."""
+    return [each for _, inner in nested_graphs(owner) for each in (inner, *all_nested(inner))]
+
+
 def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph Dynamo handed out, nested graph modules included, ready to be edited.
 
@@ -119,7 +124,7 @@ def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
             copies[node]._dynamo_source = node._dynamo_source
     clone = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
     clone.meta = dict(owner.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
         if hasattr(owner, name):
             setattr(clone, name, getattr(owner, name))
     for node, submodule in nested_graphs(owner):

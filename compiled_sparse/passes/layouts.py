@@ -13,14 +13,21 @@ from torch import fx
 
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.passes.combining import same_raster
+from compiled_sparse.passes.combining import shares_provenance
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.sites import Site
-from compiled_sparse.passes.tracks import StreamPart
+from compiled_sparse.passes.tracks import Part
+from compiled_sparse.passes.tracks import Piece
+from compiled_sparse.passes.tracks import Reader
+from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
-from compiled_sparse.passes.tracks import VideoPart
+from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
-from compiled_sparse.passes.tracks import shares_provenance
+from compiled_sparse.passes.tracks import track_size
+
+MAX_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -32,14 +39,14 @@ class SiteLayout:
         text_before: Tokens in front of the video.
         text_after: Tokens behind it.
         origin: "metadata" or "graph".
-        source: The patch embedding, where the graph proved the layout.
+        readers: Where the length of each axis can be read, where the graph proved the layout.
     """
 
     grid: tuple[Any, ...]
     text_before: Any = 0
     text_after: Any = 0
     origin: str = "graph"
-    source: fx.Node | None = None
+    readers: tuple[Reader, ...] = ()
 
     @property
     def grid_hint(self) -> tuple[int, ...]:
@@ -72,53 +79,133 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
     """
     if site.lost_at is not None:
         return Refusal("layout_unknown", f"tensor written in place by {site.lost_at.name!r}")
-    tracks = (site.query_track, site.key_track, site.value_track)
-    length = site.tensor("query").shape[-2]
     if not site.is_self_length:
         return Refusal("cross_attention", "queries and keys differ in length")
     if site.graph_has_video and site.query_from_video != site.key_from_video:
         return Refusal("cross_attention", "keys are not the queries' tokens")
-    if site.graph_has_video and not site.query_from_video:
+    is_placed = any(map(_positions, (*site.query_track, *site.key_track)))
+    if site.graph_has_video and not site.query_from_video and not is_placed:
         return Refusal("not_video", "its tokens do not come from the patch embedding")
-    if not shares_provenance(*tracks):
+    if not shares_provenance(site.query_track, site.key_track, site.value_track):
         return Refusal(
             "layout_unknown", "queries, keys and values are not provably the same tokens"
         )
-    if given is not None and bool(length == given.num_tokens):
-        text = given.text or Text()
-        return SiteLayout(given.grid_thw, text.before, text.after, origin="metadata")
-    if has_video(site.query_track):
-        return _layout_of_track(site.query_track)
+    layout = _given_layout(site, given) or _layout_of_graph(site, is_placed)
+    if layout is not None:
+        return layout
     if site.graph_has_video:
         return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
-    return Refusal("layout_unknown", _advice(length, given))
+    return Refusal("layout_unknown", _advice(site, given))
 
 
-def _advice(length: Any, given: LayoutMetadata | None) -> str:
+def _advice(site: Site, given: LayoutMetadata | None) -> str:
     if given is None:
         return "the graph does not show the grid; pass cs.metadata(grid_thw=(T, H, W))"
-    return (
-        f"cs.metadata describes {given.num_tokens} tokens, this call has {hint(length)}; "
-        "count grid_thw after patching and text= in tokens"
-    )
+    length = hint(site.tensor("query").shape[-2])
+    problem = f"cs.metadata describes {given.num_tokens} tokens, this call has {length}"
+    if given.text is None and length > given.num_tokens:
+        return f"{problem} and the graph does not show which of them are video; pass text="
+    return f"{problem}; count grid_thw after patching and text= in tokens"
 
 
-def _layout_of_track(track: Track) -> SiteLayout | Refusal:
-    videos = [i for i, part in enumerate(track) if isinstance(part, VideoPart)]
-    part = track[videos[0]]
-    assert isinstance(part, VideoPart)
+def _given_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | None:
+    """What the caller said, where its length fits; text nobody mentioned is read off the graph."""
+    length = site.tensor("query").shape[-2]
+    if given is None or hint(length) < given.num_tokens:
+        return None
+    text = given.text or _text_around(site.query_track, given.num_video_tokens)
+    if text is None or not bool(length == given.num_video_tokens + text.before + text.after):
+        return None
+    return SiteLayout(given.grid_thw, text.before, text.after, origin="metadata")
+
+
+def _text_around(track: Track, num_tokens: int) -> Text | None:
+    """What is beside the one run of parts that has the video's length, if there is one."""
+    runs = [
+        (first, last)
+        for first in range(len(track))
+        for last in range(first + 1, len(track) + 1)
+        if hint(track_size(track[first:last])) == num_tokens
+    ]
+    videos = [run for run in runs if has_video(track[slice(*run)])]
+    if has_video(track):
+        runs = videos
+    if len(runs) != 1:
+        return None
+    ((first, last),) = runs
+    return Text(int(track_size(track[:first])), int(track_size(track[last:])))
+
+
+def _layout_of_graph(site: Site, is_placed: bool) -> SiteLayout | Refusal | None:
+    if has_video(site.query_track):
+        return _layout_of_track(site.query_track, site.batch_track)
+    return _layout_of_positions(site) if is_placed else None
+
+
+def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:
+    videos = [i for i, part in enumerate(track) if part.is_video]
     if len(videos) > 1:
         return Refusal("several_grids", "more than one video in the sequence")
-    if not part.is_whole_grid:
-        axes = "".join("THW"[axis] for axis in part.axes)
-        return Refusal("partial_grid", f"attends along {axes} only")
-    before = _text_length(track[: videos[0]])
-    after = _text_length(track[videos[0] + 1 :])
-    return SiteLayout(part.grid, before, after, source=part.source)
+    part = track[videos[0]]
+    axes = [piece.axis for piece in part.pieces]
+    known = part.pieces[0].axes
+    in_order = (
+        len(part.pieces) == len(part.atoms)
+        and all(piece.is_whole and piece.axes == known for piece in part.pieces)
+        and axes == sorted(axes)
+    )
+    if not in_order or len(known.live) < 2:
+        return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
+    if tuple(axes) != known.live or any(isinstance(atom, Piece) for atom in atoms_of(batch)):
+        names = "THW"[-len(known.sizes) :]
+        return Refusal(
+            "partial_grid", f"attends along {''.join(names[axis] for axis in axes)} only"
+        )
+    return _with_text(track, videos[0], known.sizes, known.readers)
 
 
-def _text_length(parts: tuple[Any, ...]) -> Any:
-    return sum(part.size for part in parts if isinstance(part, StreamPart))
+def _with_text(
+    track: Track, index: int, grid: tuple[Any, ...], readers: tuple[Reader, ...]
+) -> SiteLayout:
+    before, after = track_size(track[:index]), track_size(track[index + 1 :])
+    return SiteLayout(grid, before, after, readers=readers)
+
+
+def _positions(part: Part) -> frozenset[tuple[Piece, ...]]:
+    """Tables of positions the tokens of a part were rotated by."""
+    (atom, *rest) = part.atoms
+    return atom.positions if isinstance(atom, Stream) and not rest else frozenset()
+
+
+def _layout_of_positions(site: Site) -> SiteLayout | Refusal | None:
+    """Tokens packed elsewhere: queries and keys are rotated by one table of one grid."""
+    placed = [i for i, part in enumerate(site.query_track) if _positions(part)]
+    if len(placed) > 1:
+        return Refusal("several_grids", "more than one table of positions in the sequence")
+    if not placed or placed != [i for i, part in enumerate(site.key_track) if _positions(part)]:
+        return None
+    rasters = [
+        raster
+        for track in (site.query_track, site.key_track)
+        for raster in _positions(track[placed[0]])
+    ]
+    if not all(same_raster(rasters[0], raster) for raster in rasters):
+        return Refusal("layout_unknown", "its tokens have positions on more than one grid")
+    grid = _grid_of_table(rasters[0])
+    return None if grid is None else _with_text(site.query_track, placed[0], *grid)
+
+
+def _grid_of_table(raster: tuple[Piece, ...]) -> tuple[tuple[Any, ...], tuple[Reader, ...]] | None:
+    """The grid a table runs over: all axes of one meshgrid, or one each of several tables."""
+    if not all(piece.is_whole for piece in raster) or len(raster) > MAX_AXES:
+        return None
+    axes = dict.fromkeys(piece.axes for piece in raster)
+    first = raster[0].axes
+    if len(axes) == 1 and tuple(piece.axis for piece in raster) == first.live:
+        return (first.sizes, first.readers) if len(first.sizes) <= MAX_AXES else None
+    if len(axes) < len(raster) or any(len(each.sizes) > 1 for each in axes):
+        return None
+    return tuple(piece.size for piece in raster), tuple(piece.reader for piece in raster)
 
 
 def is_static(layout: SiteLayout) -> bool:
@@ -130,12 +217,20 @@ def is_static(layout: SiteLayout) -> bool:
 def can_be_dynamic(site: Site, layout: SiteLayout) -> bool:
     """Whether a symbolic layout can be written into the site's graph.
 
-    The grid is read off the patch embedding, which must be in the same graph; of the two text
+    The grid is read off the tensors that prove it, which must be in the same graph; of the two text
     lengths one may vary, as the rest of the sequence.
     """
     varying = [t for t in (layout.text_before, layout.text_after) if not isinstance(t, int)]
-    is_here = layout.source is not None and layout.source.graph is site.node.graph
+    readers = layout.readers or (None,) * len(layout.grid)
+    is_here = all(
+        isinstance(axis, int) or (reader is not None and _is_readable(reader, site))
+        for axis, reader in zip(layout.grid, readers, strict=True)
+    )
     return is_here and len(varying) <= 1
+
+
+def _is_readable(reader: Reader, site: Site) -> bool:
+    return reader.node.graph is site.node.graph and isinstance(reader.divisor, int)
 
 
 def specialized(layout: SiteLayout) -> SiteLayout:
@@ -154,7 +249,7 @@ def layout_arguments(site: Site, layout: SiteLayout) -> tuple[list[Any], Any, An
         Grid, text tokens before, text tokens after.
     """
     grid = [
-        axis if isinstance(axis, int) else _size_node(layout.source, 2 + i)
+        axis if isinstance(axis, int) else _length_node(layout.readers[i])
         for i, axis in enumerate(layout.grid)
     ]
     before, after = layout.text_before, layout.text_after
@@ -165,6 +260,11 @@ def layout_arguments(site: Site, layout: SiteLayout) -> tuple[list[Any], Any, An
     for amount in (functools.reduce(_times, grid), fixed):
         rest = _call(operator.sub, rest, amount)
     return (grid, before, rest) if isinstance(before, int) else (grid, rest, after)
+
+
+def _length_node(reader: Reader) -> fx.Node:
+    size = _size_node(reader.node, reader.dim)
+    return size if reader.divisor == 1 else _call(operator.floordiv, size, reader.divisor)
 
 
 def _size_node(tensor: Any, dim: int) -> fx.Node:

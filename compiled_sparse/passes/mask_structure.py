@@ -21,10 +21,10 @@ from compiled_sparse.passes.mask_values import Atom
 from compiled_sparse.passes.mask_values import Axis
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.mask_values import moved
-from compiled_sparse.passes.provenance_rules import index_items
 from compiled_sparse.passes.provenance_rules import operand_of
-from compiled_sparse.passes.provenance_rules import permutation_of
-from compiled_sparse.passes.tracks import reshape_groups
+from compiled_sparse.passes.provenance_shapes import index_items
+from compiled_sparse.passes.provenance_shapes import permutation_of
+from compiled_sparse.passes.reshapes import reshape_groups
 
 Axes = dict[Axis, Axis]
 

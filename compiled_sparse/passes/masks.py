@@ -133,7 +133,7 @@ def slim_dense_mask(site: Site) -> None:
     mask = site.tensor("attn_mask")
     if all(same(size, 1) for size in mask.shape[:-1][-2:]):
         return
-    if mask.dtype != torch.bool:
+    if mask.dtype != torch.bool and form.queries is None:
         first = (slice(None), slice(0, 1), slice(0, 1))[4 - mask.dim() :]
         _set_mask(site, _writer(site).call(operator.getitem, site.arguments["attn_mask"], first))
         return

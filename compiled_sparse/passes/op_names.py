@@ -57,6 +57,7 @@ POINTWISE = (
     "true_divide",
     "truediv",
 )
+PRODUCTS = ("mul", "multiply", "imul", "mul_")
 LIKE_FIRST = (
     "alias",
     "bfloat16",
@@ -105,12 +106,10 @@ REDUCTIONS = (
     "prod",
 )
 CONSTANTS = (
-    "arange",
     "empty",
     "empty_like",
     "full",
     "full_like",
-    "linspace",
     "new_empty",
     "new_full",
     "new_ones",

@@ -29,8 +29,10 @@ from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
 from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import axis_track
 from compiled_sparse.passes.tracks import constant_tracks
 from compiled_sparse.passes.tracks import is_constant
+from compiled_sparse.passes.tracks import latent_axes
 from compiled_sparse.passes.tracks import stream
 from compiled_sparse.passes.tracks import track_size
 
@@ -40,9 +42,10 @@ Rule = Callable[["Provenance", fx.Node], TrackValue]
 RULES: dict[str, Rule] = {}
 
 _TORCH_MODULES = ("torch", "_operator", "operator")
+_LATENT_RANKS = (4, 5)
 _OPERATIONS = OpOverload | OpOverloadPacket
 _IN_PLACE_NAME = re.compile(r".*[^_]_|__(?:i[a-z]+|setitem)__")
-_STATE_NAME = re.compile(r"\b_(?:parameters|buffers)(?:'\])?\[")
+_STATE_NAME = re.compile(r"\b_(?:parameters|buffers|modules)(?:'\])?\[")
 _WRITING_NAMES = frozenset({"triton_kernel_wrapper_mutation"})
 _SHAPE_WRITES = frozenset(
     {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_"}
@@ -152,8 +155,8 @@ class Provenance:
     def overwrite(self, node: fx.Node, target: fx.Node, tracks: Tracks) -> None:
         """Replace the tracks of a tensor that `node` wrote to.
 
-        What was known of other views of the same memory no longer holds; views that held nothing
-        are unknown from now on, anything else ends the analysis.
+        What was known of other views of the same memory no longer holds: from now on they go by
+        names nothing had before the write.
         """
         views = [view for storage in storage_of(target) for view in self._by_storage[storage]]
         aliases = [view for view in dict.fromkeys(views) if view is not target]
@@ -164,9 +167,9 @@ class Provenance:
         if self._outer is not None and any(view.op == "placeholder" for view in views):
             self.lose(node)  # what the outer graph holds has changed too
         for other in aliases:
-            if not self._is_constant(other):
-                self.lose(node)
-            self._values[other] = None if self.is_tuple(other) else self.fresh(other)
+            self._values[other] = _new_names(node, other)
+            if _is_same_view(other, target):
+                self._values[other] = tracks
         self._values[target] = tracks
 
     def lose(self, node: fx.Node) -> None:
@@ -215,7 +218,13 @@ class Provenance:
         shape = shape_of(node)
         if shape is None:
             return None
-        return constant_tracks(shape) if _is_state(node) else self.fresh(node)
+        if _is_state(node):
+            return constant_tracks(shape)
+        tracks = self.fresh(node)
+        if len(shape) in _LATENT_RANKS and example_value(node).is_floating_point():
+            axes = latent_axes(node, shape)
+            return (tracks[0], *(axis_track(axes, dim) for dim in range(1, len(shape))))
+        return tracks
 
     def _only_constants(self, node: fx.Node) -> bool:
         return all(self._is_constant(argument) for argument in node.all_input_nodes)
@@ -296,8 +305,24 @@ def is_trusted(node: fx.Node) -> bool:
     return _is_torch(node)
 
 
+def _new_names(node: fx.Node, other: fx.Node) -> TrackValue:
+    shape = shape_of(other)
+    if shape is None:
+        return None
+    return tuple(stream(size, (node, other, i)) for i, size in enumerate(shape))
+
+
+def _is_same_view(left: fx.Node, right: fx.Node) -> bool:
+    """Whether two nodes are one tensor: of the same shape and layout in the same memory."""
+    a, b = example_value(left), example_value(right)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dim() != b.dim():
+        return False
+    layouts = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
+    return a.dtype == b.dtype and all(map(same, *layouts))
+
+
 def _is_state(node: fx.Node) -> bool:
-    """Whether a placeholder is a parameter or buffer: the same for every call."""
+    """Whether a placeholder belongs to a module: a parameter, buffer or table, not an input."""
     if isinstance(example_value(node), torch.nn.Parameter):
         return True
     source = getattr(node, "_dynamo_source", None)

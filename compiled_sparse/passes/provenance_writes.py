@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import fx
 
+from compiled_sparse.passes.combining import common
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.op_names import WRITING_POINTWISE
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import TrackValue
 from compiled_sparse.passes.provenance import rule
-from compiled_sparse.passes.provenance_rules import index_items
 from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_rules import pointwise
-from compiled_sparse.passes.provenance_rules import slice_dim
+from compiled_sparse.passes.provenance_shapes import index_items
+from compiled_sparse.passes.provenance_shapes import slice_dim
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
-from compiled_sparse.passes.tracks import common
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
@@ -84,9 +84,10 @@ def _written_tracks(
     new = dict(zip(kept_dims, [*spread, *written], strict=True))
     result: list[Track] = []
     for dim, track in enumerate(old):
-        fresh = stream(shape[dim], (node, dim))
+        constant = is_constant(track) and all(map(is_constant, written))
+        fresh = stream(shape[dim], *(() if constant else ((node, dim),)))
         if not whole[dim]:
-            joined = None if has_video(track) else fresh
+            joined = _partly_written(track, shape[dim], items[dim], new.get(dim), fresh)
         elif all(whole):
             joined = stream(shape[dim]) if is_constant(new[dim]) else new[dim]
         else:
@@ -99,6 +100,16 @@ def _written_tracks(
 
 def _is_whole(track: Track, size: Any, item: Any) -> bool:
     return isinstance(item, slice) and slice_dim(track, size, item) == track
+
+
+def _partly_written(
+    old: Track, size: Any, item: Any, new: Track | None, fresh: Track
+) -> Track | None:
+    """Positions stay what they are where the same tokens are written back."""
+    replaced = slice_dim(old, size, item) if isinstance(item, slice) else None
+    if replaced is not None and new == replaced:
+        return old
+    return None if has_video(old) else fresh
 
 
 def _beside(old: Track, new: Track, fresh: Track) -> Track | None:

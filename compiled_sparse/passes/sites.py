@@ -13,7 +13,10 @@ from torch.fx.operator_schemas import normalize_function
 
 from compiled_sparse.passes import mask_rules as _mask_rules  # noqa: F401 - registers the rules
 from compiled_sparse.passes import mask_structure as _mask_structure  # noqa: F401 - likewise
+from compiled_sparse.passes import provenance_positions as _positions  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_rules as _rules  # noqa: F401 - registers the rules
+from compiled_sparse.passes import provenance_shapes as _shapes  # noqa: F401 - registers the rules
+from compiled_sparse.passes import provenance_sources as _sources  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_writes as _writes  # noqa: F401 - registers the rules
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import module_path
@@ -42,6 +45,7 @@ class Site:
         query_track: What the query positions are.
         key_track: What the key positions are.
         value_track: What the value positions are.
+        batch_track: What the queries' first dimension is.
         graph_has_video: Whether there is a patch embedding in the graph.
         query_from_video: Whether the queries are computed from a patch embedding.
         key_from_video: Whether the keys are.
@@ -56,6 +60,7 @@ class Site:
     query_track: Track
     key_track: Track
     value_track: Track
+    batch_track: Track
     graph_has_video: bool
     query_from_video: bool
     key_from_video: bool
@@ -152,6 +157,7 @@ def _site(visit: Visit) -> Site:
         query_track=query[-2],
         key_track=key[-2],
         value_track=value[-2],
+        batch_track=query[0],
         graph_has_video=analysis.num_video_sources > 0,
         query_from_video=analysis.is_from_video(arguments["query"]),
         key_from_video=analysis.is_from_video(arguments["key"]),

@@ -27,6 +27,8 @@ def attention(
     text: Text | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    step: int | None = None,
+    layer: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense masked attention with the signature and meaning of `compiled_sparse.attention`.
@@ -44,6 +46,8 @@ def attention(
         text: Text tokens around the video.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
+        step: Denoising step, for a config with a table of windows; None means the first.
+        layer: Layer, for the same.
         return_lse: Also return the natural log-sum-exp.
 
     Returns:
@@ -54,6 +58,7 @@ def attention(
         LayoutError: if grid and text do not add up to the lengths.
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
+    config = config.at(step, layer)
     mechanism = mechanism_of(config)
     if mechanism is not None and mechanism.reference is not None:
         both = mechanism.reference(

@@ -14,7 +14,7 @@ def sta_token_mask(
     """Return which keys each query sees: text all, and all text; video its window of tiles.
 
     Args:
-        config: Windows, one for all heads or one per head.
+        config: Windows, one for all heads or one per head; of a table its first row.
         queries: Query positions counted from the first video token; text is negative or past it.
         keys: Key positions, likewise.
         grid: Tokens per axis.
@@ -23,7 +23,7 @@ def sta_token_mask(
     Returns:
         bool [1 or heads, queries, keys].
     """
-    return torch.stack([_mask(queries, keys, grid, tile, window) for window in config.windows])
+    return torch.stack([_mask(queries, keys, grid, tile, window) for window in config.at().windows])
 
 
 def _mask(

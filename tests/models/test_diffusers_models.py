@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import builders
+import harness
 import pytest
 import torch
+from builders import BUILDERS
+from builders.base import GRID
+from builders.base import TEXT_LENGTH
+from builders.base import Case
 from modules import POLICY
 from modules import assert_close
 from modules import assert_gradients_close
@@ -20,45 +23,28 @@ import compiled_sparse as cs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-GRID = (3, 4, 5)
-TEXT = {"hunyuan video": cs.Text(after=builders.TEXT_LENGTH)}
-REWRITTEN = [name for name in builders.BUILDERS if name != "hunyuan video 1.5"]
+TEXT = {"hunyuan video": cs.Text(after=TEXT_LENGTH)}
 
 
-def _call(model: nn.Module, inputs: builders.Inputs) -> Any:
+def _build(name: str, batch: int = 1, grid: tuple[int, ...] = GRID) -> Case:
+    return harness.build(BUILDERS[name], batch, grid)
+
+
+def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
     return model(**inputs)[0]
 
 
 def _expected(
-    name: str, model: nn.Module, inputs: builders.Inputs, grid: tuple[int, ...] = GRID
+    name: str, model: nn.Module, inputs: dict[str, Any], grid: tuple[int, ...] = GRID
 ) -> Any:
     return expected_output(
         lambda: _call(model, inputs), grid_thw=grid, text=TEXT.get(name, cs.Text())
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "outcomes"),
-    [
-        ("wan", ["sparse", "cross_attention"] * 2),
-        ("wan image", ["sparse", "cross_attention", "cross_attention"] * 2),
-        ("skyreels", ["sparse", "cross_attention"] * 2),
-        ("wan vace", ["sparse", "cross_attention"] * 3),
-        ("hunyuan video", ["not_video", "sparse", "sparse"]),
-        ("hunyuan video 1.5", ["not_video", "layout_unknown"]),
-    ],
-)
-def test_every_attention_call_is_explained(name: str, outcomes: list[str]) -> None:
-    model, inputs = builders.BUILDERS[name](GRID)
-    with torch.no_grad():
-        report = cs.explain(model, policy=POLICY, **inputs)
-    assert [site.reason or site.decision for site in report.sites] == outcomes
-    assert {site.grid_thw for site in report.sites if site.is_sparse} <= {GRID}
-
-
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", ["wan", "wan image", "skyreels v2", "wan vace", "hunyuan video"])
 def test_values_and_all_gradients_are_those_of_the_reference(name: str) -> None:
-    model, inputs = builders.BUILDERS[name](GRID)
+    model, inputs = _build(name)
     expected = _expected(name, model, inputs)
     actual = _call(compile_sparse(model, strict=True), inputs)
     assert_close(actual, expected)
@@ -67,19 +53,16 @@ def test_values_and_all_gradients_are_those_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("grid", [(5, 7, 6), (1, 7, 6)])
-@pytest.mark.parametrize("build", [builders.wan, builders.hunyuan_video])
-def test_odd_grids_one_frame_and_a_batch_are_right(
-    build: Callable[..., builders.Case], grid: tuple[int, ...]
-) -> None:
-    name = "wan" if build is builders.wan else "hunyuan video"
-    model, inputs = build(grid, batch=2)
+@pytest.mark.parametrize("name", ["wan", "hunyuan video"])
+def test_odd_grids_one_frame_and_a_batch_are_right(name: str, grid: tuple[int, ...]) -> None:
+    model, inputs = _build(name, 2, grid)
     with torch.no_grad():
         actual = _call(compile_sparse(model, strict=True), inputs)
         assert_close(actual, _expected(name, model, inputs, grid))
 
 
 def test_a_bfloat16_model_is_as_exact_as_the_reference_in_bfloat16() -> None:
-    model, inputs = builders.wan(GRID)
+    model, inputs = _build("wan")
     with torch.no_grad():
         exact = _expected("wan", model, inputs)
         model = model.bfloat16()
@@ -94,16 +77,16 @@ def test_a_bfloat16_model_is_as_exact_as_the_reference_in_bfloat16() -> None:
 
 
 def test_resolutions_of_one_model_are_all_right() -> None:
-    model, _ = builders.wan(GRID)
+    model, _ = _build("wan")
     compiled = compile_sparse(model)
     with torch.no_grad():
         for grid in ((3, 4, 5), (5, 3, 4), (2, 5, 7), (3, 4, 5)):
-            _, inputs = builders.wan(grid)
+            _, inputs = _build("wan", 1, grid)
             assert_close(_call(compiled, inputs), _expected("wan", model, inputs, grid))
 
 
 def test_repeated_blocks_are_rewritten_under_metadata_and_dense_without() -> None:
-    model, inputs = builders.wan(GRID)
+    model, inputs = _build("wan")
     with torch.no_grad():
         expected, dense = _expected("wan", model, inputs), _call(model, inputs)
         options = {"policy": POLICY, "inner": "eager"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch.nn.functional as F
+from mask_cases import KEY_PADDING
+from mask_cases import OUTER
+from mask_cases import Build
+from mask_cases import outer
+from mask_cases import prompt_mask
+from mask_cases import with_mask
 from modules import GRID
 from modules import LENGTH
 from modules import SPARSE_OP
@@ -19,109 +22,14 @@ from modules import assert_untouched
 from modules import expected_output
 from modules import raster
 from modules import record
-from modules import tokens
 from modules import video
 from torch import Tensor
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import compiled_sparse as cs
-from compiled_sparse.passes.sites import SDPA
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-Build = Callable[[Tensor], Tensor]
-
-
-def with_mask(build: Build) -> Tiny:
-    """Return a model that makes its attention mask of one that it is given."""
-    return Tiny(lambda m, x, mask: m.attn(raster(x), attn_mask=build(mask)))
-
-
-def prompt_mask(batch: int = 2) -> Tensor:
-    """Return a random boolean [batch, length]; no query is far from a key it may see."""
-    generator = torch.Generator().manual_seed(7)
-    mask = torch.rand(batch, LENGTH, generator=generator) > 0.3
-    mask[:, -4:] = False
-    return mask
-
-
-def _outer(m: Tensor) -> Tensor:
-    rows = m.view(m.shape[0], 1, 1, -1).repeat(1, 1, m.shape[1], 1)
-    return (rows & rows.transpose(2, 3)).bool()
-
-
-def _written(m: Tensor) -> Tensor:
-    mask = torch.zeros(m.shape, dtype=torch.bool)
-    for i, length in enumerate((41, 56)):
-        mask[i, :length] = True
-    return mask[:, None, None] & m[:, None, None]
-
-
-def _lengths(m: Tensor) -> Tensor:
-    lengths = m.sum(1, dtype=torch.int)
-    hidden = torch.arange(LENGTH)[None] >= lengths[:, None]
-    return torch.ones(m.shape, dtype=torch.bool).masked_fill(hidden, False)[:, None, None]
-
-
-def _of_heads(m: Tensor) -> Tensor:
-    """The additive mask as `prepare_attention_mask` spreads it over the heads."""
-    bias = (1 - m.float()).mul(-10000.0).unsqueeze(1)
-    return bias.repeat_interleave(2, dim=0, output_size=4).view(2, 2, -1, LENGTH)
-
-
-def _joined(m: Tensor) -> Tensor:
-    ones = torch.ones((m.shape[0], 40), dtype=torch.bool)
-    return torch.cat([ones, m[:, 40:]], dim=1)[:, None, None, :]
-
-
-KEY_PADDING: dict[str, Build] = {
-    "four dimensions": lambda m: m[:, None, None, :],
-    "unsqueezed": lambda m: m.unsqueeze(1).unsqueeze(1),
-    "viewed": lambda m: m.view(2, 1, 1, -1),
-    "double negation": lambda m: ~(~m)[:, None, None],
-    "expanded over queries": lambda m: m[:, None, None].expand(-1, 1, LENGTH, -1),
-    "expanded over all": lambda m: m[:, None, None].expand(2, 2, LENGTH, LENGTH),
-    "repeated over queries": lambda m: m.view(2, 1, 1, -1).repeat(1, 1, LENGTH, 1),
-    "transposed twice": lambda m: m[:, None, :, None].transpose(2, 3).contiguous(),
-    "integers made bool": lambda m: m.long().add(0).bool()[:, None, None],
-    "two conditions": lambda m: (m & (torch.arange(LENGTH) != 17))[:, None, None],
-    "either of two": lambda m: (m | (torch.arange(LENGTH) % 7 == 3))[:, None, None],
-    "shared by the batch": lambda m: m[:1, None, None],
-    "one row": lambda m: m[:1],
-    "padded": lambda m: F.pad(m[:, 50:], (50, 0), value=True)[:, None, None],
-    "joined": _joined,
-    "lengths": _lengths,
-    "written per sample": _written,
-    "times -10000": lambda m: ((1 - m.float()) * -10000.0)[:, None, None],
-    "smallest number": lambda m: ((1 - m.float()) * torch.finfo(torch.float32).min)[:, None, None],
-    "filled with -inf": lambda m: torch.zeros(m.shape).masked_fill(~m, float("-inf"))[
-        :, None, None
-    ],
-    "filled in place": lambda m: torch.zeros(m.shape).masked_fill_(~m, float("-inf"))[
-        :, None, None
-    ],
-    "where": lambda m: torch.where(m, 0.0, float("-inf"))[:, None, None],
-    "logarithm": lambda m: m.float().log()[:, None, None],
-    "additive, expanded": lambda m: torch.where(m, 0.0, -1e5)[:, None, None].expand(
-        2, 2, LENGTH, LENGTH
-    ),
-    "additive, per head": _of_heads,
-    "additive, joined": lambda m: torch.cat(
-        [torch.zeros(2, 40), (1 - m[:, 40:].float()) * -10000.0], 1
-    )[:, None, None],
-}
-
-OUTER: dict[str, Build] = {
-    "view and repeat": _outer,
-    "and": lambda m: (m.unsqueeze(-1) & m.unsqueeze(-2)).unsqueeze(1),
-    "product of bools": lambda m: m[:, None, :, None] * m[:, None, None, :],
-    "product of numbers": lambda m: (m[:, None, :, None].float() * m[:, None, None, :].float()) > 0,
-    "minus infinity": lambda m: torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(
-        ~_outer(m), float("-inf")
-    ),
-    "two vectors": lambda m: (m.flip(1).unsqueeze(-1) & m.unsqueeze(-2)).unsqueeze(1),
-}
 
 
 @pytest.mark.parametrize("build", KEY_PADDING.values(), ids=KEY_PADDING)
@@ -164,7 +72,7 @@ NEAR_MISSES: dict[str, tuple[Build, str]] = {
         lambda m: (m.unsqueeze(-1) | m.unsqueeze(-2)).unsqueeze(1),
         "differs from query to query",
     ),
-    "a visible column": (lambda m: _column(_outer(m)), "differs from query to query"),
+    "a visible column": (lambda m: _column(outer(m)), "differs from query to query"),
     "valid queries alone": (lambda m: m[:, None, :, None], "it hides queries, not keys"),
     "nothing seen": (lambda m: (m & ~m)[:, None, None], "it hides every key"),
     "bias": (
@@ -190,7 +98,7 @@ NEAR_MISSES: dict[str, tuple[Build, str]] = {
         "values are not known",
     ),
     "additive outer product": (
-        lambda m: torch.where(_outer(m), 0.0, -1e4),
+        lambda m: torch.where(outer(m), 0.0, -1e4),
         "an additive mask that hides whole queries",
     ),
     "repeated tokens": (
@@ -366,8 +274,8 @@ def _same(m: Tensor) -> Tensor:
 
 
 CHECKPOINTED: dict[str, tuple[Build, Build]] = {
-    "made inside": (_same, _outer),
-    "made outside": (_outer, _same),
+    "made inside": (_same, outer),
+    "made outside": (outer, _same),
     "additive, made outside": (KEY_PADDING["times -10000"], _same),
     "expanded outside": (KEY_PADDING["expanded over all"], _same),
     "bool outside": (KEY_PADDING["four dimensions"], _same),
@@ -393,7 +301,7 @@ def test_masks_are_followed_into_checkpointed_graphs(outside: Build, inside: Bui
 
 
 def test_the_large_mask_is_not_computed_where_a_small_one_is_at_hand() -> None:
-    backend = assert_rewritten(with_mask(_outer), video(batch=2), prompt_mask())
+    backend = assert_rewritten(with_mask(outer), video(batch=2), prompt_mask())
     elements = [
         node.meta["example_value"].numel()
         for node in all_nodes(backend.after[0])
@@ -406,52 +314,3 @@ def test_the_inserted_nodes_say_what_they_hold() -> None:
     backend = assert_rewritten(with_mask(KEY_PADDING["one row"]), video(batch=2), prompt_mask())
     for node in all_nodes(backend.after[0]):
         assert node.op in ("output",) or "example_value" in node.meta, node
-
-
-# Calls that stay dense.
-
-SLIM: dict[str, tuple[Build, tuple[int, ...] | None, str]] = {
-    "outer product": (_outer, (2, 1, 1, LENGTH), "query_and_key_padding"),
-    "two vectors": (OUTER["two vectors"], (2, 1, 1, LENGTH), "query_and_key_padding"),
-    "expanded": (KEY_PADDING["expanded over all"], (2, 1, 1, LENGTH), "key_padding"),
-    "additive": (KEY_PADDING["additive, expanded"], (2, 1, 1, LENGTH), "key_padding"),
-    "per head": (KEY_PADDING["additive, per head"], (2, 1, 1, LENGTH), "key_padding"),
-    "already small": (KEY_PADDING["times -10000"], (2, 1, 1, LENGTH), "key_padding"),
-    "all true": (lambda m: torch.ones_like(m)[:, None, None], None, "all_true"),
-    "no proof": (NEAR_MISSES["either of two"][0], (2, 1, LENGTH, LENGTH), "other"),
-}
-
-
-@pytest.mark.parametrize(("build", "shape", "name"), SLIM.values(), ids=SLIM)
-def test_a_dense_call_gets_the_smallest_mask_that_means_the_same(
-    build: Build, shape: tuple[int, ...] | None, name: str
-) -> None:
-    model = with_mask(build)
-    inputs = (video(batch=2), prompt_mask())
-    backend, actual = record(model, *inputs, policy="dense")
-    assert_close(actual, model(*inputs))
-    assert [decision.mask for decision in backend.decisions] == [name]
-    (site,) = [node for node in all_nodes(backend.after[0]) if node.target is SDPA]
-    mask = site.kwargs["attn_mask"]
-    assert (mask if mask is None else tuple(mask.meta["example_value"].shape)) == shape
-
-
-def test_cross_attention_gets_a_small_mask_too() -> None:
-    model = Tiny(
-        lambda m, x, text, mask: m.attn(
-            raster(x), text, attn_mask=mask[:, None, None].expand(-1, 2, LENGTH, -1)
-        )
-    )
-    inputs = (video(batch=2), tokens(2, 7), torch.tensor([[True] * 4 + [False] * 3] * 2))
-    backend, actual = record(model, *inputs)
-    assert backend.outcomes == ["cross_attention"]
-    assert_close(actual, model(*inputs))
-    (site,) = [node for node in all_nodes(backend.after[0]) if node.target is SDPA]
-    assert tuple(site.kwargs["attn_mask"].meta["example_value"].shape) == (2, 1, 1, 7)
-
-
-def test_dropout_keeps_its_mask() -> None:
-    model = Tiny(lambda m, x, mask: m.attn(raster(x), attn_mask=_outer(mask), dropout_p=0.5))
-    backend, _ = record(model, video(batch=2), prompt_mask())
-    assert backend.outcomes == ["dropout"]
-    assert [g.code for g in backend.before] == [g.code for g in backend.after]

@@ -1,0 +1,136 @@
+"""Tracks through reshapes and slices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import size_key
+from compiled_sparse.passes.tracks import Atom
+from compiled_sparse.passes.tracks import Stream
+from compiled_sparse.passes.tracks import Track
+from compiled_sparse.passes.tracks import Tracks
+from compiled_sparse.passes.tracks import is_constant
+from compiled_sparse.passes.tracks import part_of
+from compiled_sparse.passes.tracks import stream
+from compiled_sparse.passes.tracks import track_size
+
+
+def slice_track(track: Track, start: Any, stop: Any) -> Track | None:
+    """Return the parts between two positions, or None if they cut through a part."""
+    boundaries = [0]
+    for part in track:
+        boundaries.append(boundaries[-1] + part.size)
+    first = [i for i, position in enumerate(boundaries) if same(position, start)]
+    last = [i for i, position in enumerate(boundaries) if same(position, stop)]
+    if not first or not last or first[0] >= last[-1]:
+        return None
+    return track[first[0] : last[-1]]
+
+
+def reshape_tracks(
+    shape: Sequence[Any], tracks: Tracks, new_shape: Sequence[Any], origin: Any
+) -> Tracks:
+    """Follow a reshape.
+
+    Dimensions are grouped so that each group keeps its number of elements. Within a group the
+    atoms stay in order; each new dimension takes as many of them as make up its size.
+
+    Args:
+        shape: Sizes before.
+        tracks: Tracks before.
+        new_shape: Sizes after.
+        origin: Identity for the dimensions that cannot be followed.
+
+    Returns:
+        Tracks after.
+    """
+    groups = reshape_groups(shape, new_shape)
+    constant = all(map(is_constant, tracks))
+    result = [
+        stream(size) if constant else stream(size, (origin, i)) for i, size in enumerate(new_shape)
+    ]
+    for old, new in groups or []:
+        followed = _reshape_group([tracks[i] for i in old], [new_shape[i] for i in new])
+        for i, track in zip(new, followed or [], strict=bool(followed)):
+            result[i] = track
+    return tuple(result)
+
+
+def reshape_groups(
+    shape: Sequence[Any], new_shape: Sequence[Any]
+) -> list[tuple[list[int], list[int]]] | None:
+    """Pair up runs of dimensions with provably equal products, ignoring sizes of one."""
+    old = [i for i, size in enumerate(shape) if not same(size, 1)]
+    new = [i for i, size in enumerate(new_shape) if not same(size, 1)]
+    groups = []
+    while old and new:
+        left, right = [old.pop(0)], [new.pop(0)]
+        while True:
+            left_size = math.prod(shape[i] for i in left)
+            right_size = math.prod(new_shape[i] for i in right)
+            if same(left_size, right_size):
+                break
+            source, sink = (old, left) if hint(left_size) < hint(right_size) else (new, right)
+            if not source:
+                return None
+            sink.append(source.pop(0))
+        groups.append((left, right))
+    return groups
+
+
+def _reshape_group(tracks: list[Track], sizes: list[Any]) -> list[Track] | None:
+    if len(tracks) == len(sizes) == 1:
+        return tracks
+    atoms = [atom for track in tracks for atom in _atoms(track)]
+    result: list[Track] = []
+    for size in sizes:
+        taken = take(atoms, size)
+        if taken is None:
+            return None
+        result.append((part_of(taken),))
+    return None if atoms else result
+
+
+def _atoms(track: Track) -> tuple[Atom, ...]:
+    """A dimension of several parts takes part in a reshape as one stream."""
+    if len(track) == 1:
+        return track[0].atoms
+    if is_constant(track):
+        return (Stream(frozenset(), track_size(track)),)
+    sizes = tuple(size_key(part.size) for part in track)
+    return (Stream(frozenset({("joined", track, sizes)}), track_size(track)),)
+
+
+def take(atoms: list[Atom], size: Any) -> list[Atom] | None:
+    """Take the slowest `size` positions' worth of atoms off a list, splitting the last of them.
+
+    Args:
+        atoms: Atoms of a raster, slowest first; what is taken is removed.
+        size: Number of positions.
+
+    Returns:
+        The atoms, or None if they do not come out at this size.
+    """
+    taken: list[Atom] = []
+    missing = size
+    while not same(missing, 1):
+        if not atoms:
+            return None
+        atom = atoms.pop(0)
+        rest = missing // atom.size if hint(atom.size) <= hint(missing) else None
+        if rest is not None and same(rest * atom.size, missing):
+            taken.append(atom)
+            missing = rest
+            continue
+        inner = atom.size // missing
+        if rest is not None or not same(inner * missing, atom.size):
+            return None
+        outer, fast = atom.digits(missing)
+        atoms.insert(0, fast)
+        taken.append(outer)
+        missing = 1
+    return taken or [Stream(frozenset(), 1)]
