@@ -1,6 +1,6 @@
 """Run benchmark suites and record the results.
 
-python -m benchmarks [kernel sta model overhead] [--rounds 7] [--output FILE]
+python -m benchmarks [kernel sta model masks overhead] [--rounds 7] [--output FILE]
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from typing import Any
 import torch._inductor.config
 
 from benchmarks import kernel
+from benchmarks import masks
 from benchmarks import model
 from benchmarks import overhead
 from benchmarks import sta
 from benchmarks.timing import environment
 
-SUITES = {"kernel": kernel.run, "sta": sta.run, "model": model.run, "overhead": overhead.run}
+SUITES = {
+    "kernel": kernel.run,
+    "sta": sta.run,
+    "model": model.run,
+    "masks": masks.run,
+    "overhead": overhead.run,
+}
 RESULTS = Path(__file__).parent / "results"
 
 

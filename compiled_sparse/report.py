@@ -31,6 +31,8 @@ class Decision:
         query_shape: [batch, heads, length, head_dim] at compile time.
         key_shape: The same for the keys.
         dtype: Name of the queries' dtype.
+        mask: What the call's mask is proven to be: "key_padding", "query_and_key_padding",
+            "all_true" (left out), "other" where nothing is proven, empty without a mask.
         grid_thw: Token grid, where one is known.
         text_before: Text tokens in front of the video.
         text_after: Text tokens behind it.
@@ -51,6 +53,7 @@ class Decision:
     query_shape: tuple[int, ...] = ()
     key_shape: tuple[int, ...] = ()
     dtype: str = ""
+    mask: str = ""
     grid_thw: tuple[int, ...] | None = None
     text_before: int = 0
     text_after: int = 0
@@ -118,12 +121,17 @@ class Report:
     def rows(self) -> list[dict[str, str]]:
         """Return one mapping from column title to text per group of like calls.
 
-        Calls that differ only in a number of their path share a row: `blocks.{0-29}.attn1`.
+        Calls that differ only in a number of their path share a row: `blocks.{0-29}.attn1`. There
+        is a column for masks if any call has one.
         """
         groups: dict[tuple[str, ...], list[str]] = {}
         for site in self.sites:
             groups.setdefault((_template(site.path), *_cells(site).values()), []).append(site.path)
-        return [_row(key, paths) for key, paths in groups.items()]
+        rows = [_row(key, paths) for key, paths in groups.items()]
+        if not any(site.mask for site in self.sites):
+            for row in rows:
+                del row["mask"]
+        return rows
 
     def __str__(self) -> str:
         """Return a plain-text table with the summary and the meaning of each reason."""
@@ -191,6 +199,7 @@ def _cells(site: Decision) -> dict[str, str]:
         "q/k length": lengths + ("*" if site.dynamic else ""),
         "grid": grid,
         "text": text,
+        "mask": site.mask or "-",
         "decision": site.decision,
         "mechanism": site.mechanism or "-",
         "density": f"{site.density:.3f}",

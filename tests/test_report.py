@@ -121,6 +121,15 @@ def test_rows_have_the_same_columns_and_count_their_calls() -> None:
     assert MIXED.num_sparse == 5
 
 
+def test_masks_have_a_column_where_there_are_any() -> None:
+    masked = dataclasses.replace(sparse("b.attn"), mask="key_padding")
+    assert "mask" not in Report((sparse("a.attn"),)).rows()[0]
+    assert [row["mask"] for row in Report((sparse("a.attn"), masked)).rows()] == [
+        "-",
+        "key_padding",
+    ]
+
+
 def test_calls_that_differ_in_more_than_a_number_keep_their_own_rows() -> None:
     sites = (sparse("blocks.0.attn"), sparse("blocks.1.attn", density=0.3), sparse("single.0.attn"))
     assert len(Report(sites).rows()) == 3

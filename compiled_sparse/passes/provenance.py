@@ -108,7 +108,7 @@ class Provenance:
     def run(self) -> Iterator[Visit]:
         """Walk the graph, yielding each node before its own rule is applied."""
         if self._outer is None:
-            self.lost_at = next(_shape_writes(self.owner), None)
+            self.lost_at = next(shape_writes(self.owner), None)
         for node in self.owner.graph.nodes:
             yield Visit(node, self.owner, self)
             if node.op == "output":
@@ -182,7 +182,7 @@ class Provenance:
         if node.op == "get_attr":
             shape = shape_of(node)
             return constant_tracks(shape) if shape is not None else None
-        apply = RULES.get(op_name(node)) if _is_trusted(node) else None
+        apply = RULES.get(op_name(node)) if is_trusted(node) else None
         if apply is None:
             self._notice_writes(node)
         elif (value := apply(self, node)) is not None:
@@ -194,7 +194,7 @@ class Provenance:
 
     def _notice_writes(self, node: fx.Node) -> None:
         """An op without a rule that writes ends the analysis, unless only constants are written."""
-        if _may_write(node) and not self._only_constants(node):
+        if may_write(node) and not self._only_constants(node):
             self.lose(node)
 
     def _fitting(self, node: fx.Node, value: TrackValue) -> TrackValue:
@@ -254,7 +254,7 @@ class Provenance:
         return self._values.get(result) if isinstance(result, fx.Node) else None
 
 
-def _shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:
+def shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:
     """Writes that change a tensor's shape in place.
 
     Dynamo records one value per tensor, so that even the nodes before such a write show the shape
@@ -264,10 +264,10 @@ def _shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:
         if op_name(node).split(".")[0] in _SHAPE_WRITES:
             yield node
     for _, submodule in nested_graphs(owner):
-        yield from _shape_writes(submodule)
+        yield from shape_writes(submodule)
 
 
-def _may_write(node: fx.Node) -> bool:
+def may_write(node: fx.Node) -> bool:
     name = op_name(node)
     if "out" in node.kwargs or name in _WRITING_NAMES or _has_mutable_schema(node.target):
         return True
@@ -292,7 +292,7 @@ def _is_torch(node: fx.Node) -> bool:
     return node.op == "call_method" or _module_of(node).split(".")[0] in _TORCH_MODULES
 
 
-def _is_trusted(node: fx.Node) -> bool:
+def is_trusted(node: fx.Node) -> bool:
     """Whether a name means what it means in torch.
 
     A user's function or custom op may share a torch function's name. A result written to `out=`

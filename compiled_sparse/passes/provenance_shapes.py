@@ -59,7 +59,12 @@ def _permute(analysis: Provenance, node: fx.Node) -> TrackValue:
     operand = operand_of(node)
     if not isinstance(operand, fx.Node):
         return None
-    rank = rank_of(operand)
+    tracks = analysis.of(operand)
+    return tuple(tracks[axis] for axis in permutation_of(node, rank_of(operand)))
+
+
+def permutation_of(node: fx.Node, rank: int) -> list[int]:
+    """Return which dimension of the operand each dimension of a permutation's result is."""
     order = list(range(rank))
     name = op_name(node)
     if name == "permute":
@@ -72,8 +77,7 @@ def _permute(analysis: Provenance, node: fx.Node) -> TrackValue:
         first = argument(node, 1, "dim0", node.kwargs.get("axis0"))
         second = argument(node, 2, "dim1", node.kwargs.get("axis1"))
         order[first], order[second] = order[second % rank], order[first % rank]
-    tracks = analysis.of(operand)
-    return tuple(tracks[axis] for axis in order)
+    return order
 
 
 @rule("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")

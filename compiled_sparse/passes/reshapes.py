@@ -71,7 +71,7 @@ def reshape_tracks(
     Returns:
         Tracks after.
     """
-    groups = _reshape_groups(shape, new_shape)
+    groups = reshape_groups(shape, new_shape)
     constant = all(map(is_constant, tracks))
     result = [
         stream(size) if constant else stream(size, (origin, i)) for i, size in enumerate(new_shape)
@@ -83,7 +83,7 @@ def reshape_tracks(
     return tuple(result)
 
 
-def _reshape_groups(
+def reshape_groups(
     shape: Sequence[Any], new_shape: Sequence[Any]
 ) -> list[tuple[list[int], list[int]]] | None:
     """Pair up runs of dimensions with provably equal products, ignoring sizes of one."""

@@ -30,8 +30,12 @@ from compiled_sparse.passes.layouts import layout_arguments
 from compiled_sparse.passes.layouts import specialized
 from compiled_sparse.passes.markers import Marker
 from compiled_sparse.passes.markers import Markers
-from compiled_sparse.passes.masks import is_key_padding
-from compiled_sparse.passes.masks import key_mask_node
+from compiled_sparse.passes.mask_forms import MaskForm
+from compiled_sparse.passes.masks import blank_padded_queries
+from compiled_sparse.passes.masks import erase_unused
+from compiled_sparse.passes.masks import insert_key_mask
+from compiled_sparse.passes.masks import key_mask_of
+from compiled_sparse.passes.masks import slim_dense_mask
 from compiled_sparse.passes.runtime_arguments import RuntimeArguments
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
@@ -131,6 +135,12 @@ class SparseAttentionPass:
         return list(map(_Case, sites, layouts, facts, speaking))
 
     def _process(self, case: _Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
+        decision = self._decide(case, runtime, checks)
+        if self.rewrite and not decision.is_sparse:
+            slim_dense_mask(case.site)
+        return decision
+
+    def _decide(self, case: _Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
         site, layout, facts = case.site, case.layout, case.facts
         if not isinstance(layout, SiteLayout):
             return _dense_decision(site, facts, layout)
@@ -248,7 +258,7 @@ def _prove(
             site.tensor("query"),
             site.tensor("value"),
             capabilities,
-            key_mask=site.arguments["attn_mask"] is not None,
+            key_mask=_takes_key_mask(site),
         )
         or _broadcasts(site)
     )
@@ -270,11 +280,16 @@ def _call_supported(site: Site, capabilities: Capabilities) -> Refused | None:
         return Refused("dropout", f"dropout_p={arguments['dropout_p']}")
     if arguments["is_causal"] and not capabilities.causal:
         return Refused("causal")
-    if arguments["attn_mask"] is not None and not is_key_padding(site):
-        mask = site.tensor("attn_mask")
-        shape = tuple(hint(size) for size in mask.shape)
-        return Refused("mask_unsupported", f"{mask.dtype} mask of shape {shape}")
+    form = key_mask_of(site)
+    if isinstance(form, Refusal):
+        return Refused(form.reason, form.detail)
     return None
+
+
+def _takes_key_mask(site: Site) -> bool:
+    """Whether a mechanism must take a mask: one that hides nothing is left out."""
+    form = key_mask_of(site)
+    return isinstance(form, MaskForm) and not form.hides_nothing
 
 
 def _broadcasts(site: Site) -> Refused | None:
@@ -295,18 +310,22 @@ def _replace(
 ) -> fx.Node:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
-    key_mask = key_mask_node(site)
+    form = key_mask_of(site)
+    assert not isinstance(form, Refusal)
+    mask = insert_key_mask(site, form)
     mechanism = mechanism_of(chosen.config)
     assert mechanism is not None
     with graph.inserting_before(site.node):
         call = mechanism.lower(chosen.config, chosen.tile, *layout_arguments(site, layout))
         runtime = arguments.nodes(call.runtime_inputs, chosen.config)
-        inputs = (query, key, value, key_mask, *call.arguments, *runtime)
+        inputs = (query, key, value, mask.keys, *call.arguments, *runtime)
         op = graph.call_function(call.op, (*inputs, site.arguments["scale"]))
         out = graph.call_function(operator.getitem, (op, 0))
     _describe(site, op, out)
-    site.node.replace_all_uses_with(out)
+    site.node.replace_all_uses_with(blank_padded_queries(site, mask, out))
     graph.erase_node(site.node)
+    if form is not None:
+        erase_unused(site.arguments["attn_mask"])
     return out
 
 
@@ -382,4 +401,12 @@ def _facts(site: Site) -> dict[str, Any]:
         "query_shape": tuple(hint(size) for size in query.shape),
         "key_shape": tuple(hint(size) for size in key.shape),
         "dtype": str(query.dtype).removeprefix("torch."),
+        "mask": _mask_name(site),
     }
+
+
+def _mask_name(site: Site) -> str:
+    form = key_mask_of(site)
+    if not isinstance(form, MaskForm):
+        return "" if form is None else "other"
+    return form.name

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
+from compiled_sparse.passes import mask_rules as _mask_rules  # noqa: F401 - registers the rules
+from compiled_sparse.passes import mask_structure as _mask_structure  # noqa: F401 - likewise
 from compiled_sparse.passes import provenance_positions as _positions  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_rules as _rules  # noqa: F401 - registers the rules
 from compiled_sparse.passes import provenance_shapes as _shapes  # noqa: F401 - registers the rules
@@ -21,6 +23,8 @@ from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.mask_analysis import masks_at
+from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import Visit
 from compiled_sparse.passes.tracks import Track
@@ -46,6 +50,7 @@ class Site:
         query_from_video: Whether the queries are computed from a patch embedding.
         key_from_video: Whether the keys are.
         lost_at: The write that ended the analysis before this call, if one did.
+        mask: What the attention mask holds, where that is known.
     """
 
     node: fx.Node
@@ -60,6 +65,7 @@ class Site:
     query_from_video: bool
     key_from_video: bool
     lost_at: fx.Node | None
+    mask: MaskValue | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the fake tensor of argument `query`, `key`, `value` or `attn_mask`."""
@@ -100,10 +106,12 @@ def find_sites(owner: fx.GraphModule) -> tuple[list[Site], list[OtherAttention]]
     # A text refiner may run before the patch embedding does.
     has_video = analysis.num_video_sources > 0
     sites = [dataclasses.replace(site, graph_has_video=has_video) for site in sites]
+    masks = masks_at(owner, _mask_of)
     for graph in _unentered(owner, entered):
         for visit in Provenance(graph).run():
             _collect(visit, sites, others)
-    return sites, others
+        masks.update(masks_at(graph, _mask_of))
+    return [dataclasses.replace(site, mask=masks.get(site.node)) for site in sites], others
 
 
 def _collect(visit: Visit, sites: list[Site], others: list[OtherAttention]) -> None:
@@ -126,11 +134,20 @@ def _unentered(owner: fx.GraphModule, entered: set[int]) -> list[fx.GraphModule]
     return found
 
 
-def _site(visit: Visit) -> Site:
-    node, analysis = visit.node, visit.analysis
+def _arguments(node: fx.Node) -> dict[str, Any]:
     normalized = normalize_function(SDPA, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
     assert normalized is not None
-    arguments = dict(normalized.kwargs)
+    return dict(normalized.kwargs)
+
+
+def _mask_of(node: fx.Node) -> Any:
+    is_site = node.op == "call_function" and node.target is SDPA
+    return _arguments(node)["attn_mask"] if is_site else None
+
+
+def _site(visit: Visit) -> Site:
+    node, analysis = visit.node, visit.analysis
+    arguments = _arguments(node)
     query, key, value = (analysis.of(arguments[name]) for name in ("query", "key", "value"))
     return Site(
         node=node,

@@ -13,14 +13,21 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.reference.attention import attention
 
+Padding = tuple[Tensor | None, Tensor | None]
+
+_HIDING_BIAS = -9000.0
+
 
 class override(TorchFunctionMode):  # noqa: N801 - used like a function: with override(...)
     """Replace every self-attention over a given layout by the dense masked reference.
 
     Calls to `scaled_dot_product_attention` whose queries and keys are both as long as the layout
     run `reference.attention`; all other calls are left alone, and so are those the compiler would
-    leave dense: causal, with dropout, or with a mask that is not boolean key padding. For eager
-    code: to see what a compiled sparse model should have computed.
+    leave dense: causal, with dropout, or with a mask that is not key padding. A mask is judged by
+    its content: boolean, or of 0 and one number below -9000; the same for every head; and either
+    the same for every query, or an outer product of valid queries and valid keys. Outputs of
+    queries that are not valid are 0. For eager code: to see what a compiled sparse model should
+    have computed.
 
     Args:
         config: The mechanism.
@@ -45,33 +52,57 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         call = _bind(*args, **kwargs)
-        if not self._applies(call):
+        mask = self._padding(call)
+        if mask is None:
             return func(*args, **kwargs)
         self.num_replaced += 1
-        mask = call["attn_mask"]
-        return attention(
+        keys, queries = mask
+        out = attention(
             call["query"],
             call["key"],
             call["value"],
             self.config,
             grid_thw=self.grid_thw,
             text=self.text,
-            key_mask=None if mask is None else mask[:, 0, 0].expand(call["key"].shape[0], -1),
+            key_mask=keys,
             scale=call["scale"],
         )
+        assert isinstance(out, Tensor)
+        return out if queries is None else out.masked_fill(~queries[:, None, :, None], 0.0)
 
-    def _applies(self, call: dict[str, Any]) -> bool:
+    def _padding(self, call: dict[str, Any]) -> Padding | None:
+        """Valid keys and queries of a call that is replaced; None for one that is left alone."""
         query, key = call["query"], call["key"]
         length = torch.Size(self.grid_thw).numel() + self.text.before + self.text.after
         if query.dim() != 4 or not query.shape[2] == key.shape[2] == length:
-            return False
-        return not call["is_causal"] and not call["dropout_p"] and _is_padding(call["attn_mask"])
+            return None
+        if call["is_causal"] or call["dropout_p"]:
+            return None
+        mask = call["attn_mask"]
+        return (None, None) if mask is None else _find_padding(mask, query.shape[0], length)
 
 
-def _is_padding(mask: Tensor | None) -> bool:
-    if mask is None:
-        return True
-    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)
+def _find_padding(mask: Tensor, batch: int, length: int) -> Padding | None:
+    """Factor a mask into valid keys [batch, length] and valid queries, if that is what it is."""
+    visible = mask
+    if mask.dtype != torch.bool:
+        visible = mask == 0
+        hiding = mask[~visible].unique()
+        if len(hiding) > 1 or bool((hiding > _HIDING_BIAS).any()):
+            return None
+    visible = visible.expand(*visible.shape[:-2], length, length)
+    visible = visible[(None,) * (4 - visible.dim())]
+    if not bool((visible == visible[:, :1]).all()):
+        return None
+    plane = visible[:, 0].expand(batch, -1, -1)
+    if mask.dtype != torch.bool and not bool((mask == float("-inf")).any()):
+        # A finite bias on every key is none at all.
+        plane = plane | ~plane.any(-1, keepdim=True)
+    keys, queries = plane.any(-2), plane.any(-1)
+    per_key = bool((plane == keys[:, None]).all())
+    if not per_key and not bool((plane == keys[:, None] & queries[:, :, None]).all()):
+        return None
+    return keys, None if per_key else queries
 
 
 def _bind(

@@ -109,12 +109,3 @@ def test_repeated_blocks_are_rewritten_under_metadata_and_dense_without() -> Non
         assert_close(_call(model, inputs), dense)
         with cs.metadata(grid_thw=GRID):
             assert_close(_call(model, inputs), expected)
-
-
-def test_metadata_does_not_make_a_call_with_a_dense_mask_sparse() -> None:
-    model, inputs = _build("hunyuan video 1.5")
-    text = cs.Text(after=13)
-    with torch.no_grad(), cs.metadata(grid_thw=GRID, text=text):
-        report = cs.explain(model, policy=POLICY, **inputs)
-    reasons = [site.reason for site in report.sites]
-    assert reasons == ["not_video", "mask_unsupported"]

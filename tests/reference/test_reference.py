@@ -211,11 +211,26 @@ def test_override_hands_on_key_padding_and_grouped_heads() -> None:
     "arguments",
     [
         {"is_causal": True},
-        {"attn_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.float64)},
+        {"attn_mask": torch.linspace(-1e5, 0, LENGTH**2, dtype=torch.float64).view(LENGTH, -1)},
         {"attn_mask": torch.ones(2, 1, LENGTH, LENGTH).tril().bool()},
-        {"attn_mask": torch.zeros(2, 1, 1, LENGTH, dtype=torch.float64)},
+        {"attn_mask": torch.linspace(-1, 0, LENGTH, dtype=torch.float64)[None]},
+        {"attn_mask": torch.full((1, LENGTH), -100.0, dtype=torch.float64)},
+        {"attn_mask": torch.arange(3 * LENGTH).view(1, 3, 1, -1) % 7 > 2},
+        {
+            "attn_mask": torch.full((LENGTH, LENGTH), -1e4, dtype=torch.float64).masked_fill(
+                (torch.arange(LENGTH) > 3)[:, None] & (torch.arange(LENGTH) > 5), 0.0
+            )
+        },
     ],
-    ids=["causal", "additive", "per query", "additive per key"],
+    ids=[
+        "causal",
+        "additive",
+        "per query",
+        "additive per key",
+        "weak bias",
+        "per head",
+        "additive outer product",
+    ],
 )
 def test_override_leaves_what_the_compiler_would_leave(arguments: dict[str, Any]) -> None:
     q, k, v = tensors()
@@ -223,6 +238,47 @@ def test_override_leaves_what_the_compiler_would_leave(arguments: dict[str, Any]
     with overridden() as mode:
         assert torch.equal(F.scaled_dot_product_attention(q, k, v, **arguments), expected)
     assert mode.num_replaced == 0
+
+
+@pytest.mark.parametrize("number", [None, float("-inf"), -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_override_knows_key_padding_however_it_is_written(
+    number: float | None, expanded: bool
+) -> None:
+    q, k, v = tensors()
+    key_mask = torch.rand(2, LENGTH) < 0.7
+    mask = key_mask[:, None, None]
+    if number is not None:
+        mask = torch.where(mask, 0.0, number).double()
+    if expanded:
+        mask = mask.expand(2, q.shape[1], LENGTH, LENGTH)
+    with overridden() as mode:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    assert mode.num_replaced == 1
+    assert torch.equal(out, reference(q, k, v, key_mask=key_mask))
+
+
+@pytest.mark.parametrize("is_additive", [False, True])
+def test_override_gives_zeros_for_queries_an_outer_product_leaves_out(is_additive: bool) -> None:
+    q, k, v = tensors()
+    keys, queries = torch.rand(2, 2, LENGTH) < 0.7
+    mask = queries[:, None, :, None] & keys[:, None, None]
+    if is_additive:
+        mask = torch.where(mask, 0.0, float("-inf")).double()
+    with overridden() as mode:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    assert mode.num_replaced == 1
+    expected = reference(q, k, v, key_mask=keys)
+    assert torch.equal(out, expected.masked_fill(~queries[:, None, :, None], 0.0))
+
+
+def test_override_takes_a_finite_bias_on_all_keys_for_none() -> None:
+    q, k, v = tensors()
+    mask = torch.tensor([0.0, -1e4], dtype=torch.float64)[:, None, None, None]
+    with overridden() as mode:
+        out = F.scaled_dot_product_attention(q, k, v, mask.expand(2, 1, 1, LENGTH))
+    assert mode.num_replaced == 1
+    assert torch.equal(out, reference(q, k, v))
 
 
 def test_override_leaves_dropout_other_lengths_and_other_ranks() -> None:
