@@ -20,6 +20,7 @@ from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.mask_analysis import MaskAnalysis
 from compiled_sparse.passes.mask_analysis import mask_rule
+from compiled_sparse.passes.mask_values import MAX_ATOMS
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.mask_values import constant
 from compiled_sparse.passes.mask_values import make_value
@@ -121,7 +122,7 @@ def _carried_out(analysis: MaskAnalysis, node: fx.Node, operation: Any) -> MaskV
     if operands is None:
         return None
     atoms = union(list(operands.values()))
-    if len(atoms) > 2 * len(operands) + 4:
+    if len(atoms) > 2 * MAX_ATOMS:
         return None
     tables = {
         operand: _table_of(operand, value, atoms if value.atoms else ())

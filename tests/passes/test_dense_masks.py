@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from modules import Tiny
 from modules import all_nodes
 from modules import assert_close
 from modules import assert_gradients_close
+from modules import assert_untouched
 from modules import compile_sparse
 from modules import expected_output
 from modules import parameter_gradients
@@ -25,8 +27,11 @@ from modules import raster
 from modules import record
 from modules import tokens
 from modules import video
+from torch import Tensor
 
+from compiled_sparse.passes import rewrite
 from compiled_sparse.passes.sites import SDPA
+from compiled_sparse.selector import capabilities_of
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -97,3 +102,27 @@ def test_inner_compilers_take_the_rewritten_graph(build: Build, inner: str, poli
     assert_close(actual, expected)
     found, wanted = (parameter_gradients(model.attn, output) for output in (actual, expected))
     assert_gradients_close(found, wanted)
+
+
+def test_a_mechanism_without_masks_takes_those_that_hide_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def capabilities(config: Any) -> Any:
+        return dataclasses.replace(capabilities_of(config), key_mask=False)
+
+    monkeypatch.setattr(rewrite, "capabilities_of", capabilities)
+    inputs = (video(batch=2), prompt_mask())
+    backend, _ = record(with_mask(lambda m: torch.ones_like(m)[:, None, None]), *inputs)
+    assert backend.outcomes == ["sparse"]
+    backend, _ = record(with_mask(outer), *inputs)
+    assert [d.detail for d in backend.decisions] == ["the mechanism takes no mask"]
+
+
+def test_the_mask_of_a_call_of_another_rank_stays_as_it_is() -> None:
+    def model(q: Tensor, mask: Tensor) -> Tensor:
+        q = q * 1
+        return SDPA(q, q, q, attn_mask=torch.ones_like(mask).expand(2, LENGTH, LENGTH))
+
+    inputs = (torch.randn(2, LENGTH, 8), prompt_mask()[:, None])
+    backend = assert_untouched(model, *inputs, reason="rank_unsupported")
+    assert [decision.mask for decision in backend.decisions] == ["other"]
