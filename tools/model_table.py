@@ -88,6 +88,8 @@ writes this file, and fails if anything in it is wrong.
 - **left**: calls over the whole grid that stayed dense, the reason in a note. Other dense calls
   are not meant to become sparse: attention to text, of text, within a frame, along time.
 - **graphs**: without us and with us; more than one means graph breaks that the model brings.
+  Dynamo's capture flags are `torch._dynamo.config.capture_scalar_outputs` and
+  `capture_dynamic_output_shape_ops`, which avoid some of them.
 - **exact**: largest difference between a window over the whole grid and dense attention,
   relative to the largest output.
 - **narrow**: the same between the narrowest window (one tile of {tile}) and the eager
@@ -134,7 +136,7 @@ def _lines(row: Row, notes: list[str]) -> list[str]:
 def _line(row: Row, way: Row, notes: list[str]) -> str:
     remarks = [*way["wrong"], *(way["details"] if way["missed"] else ())]
     marks = [_note(notes, remark) for remark in remarks]
-    name = f"... with `{way['way']}`" if way["way"] else row["name"]
+    name = f"... with {_code(way['way'])}" if way["way"] else row["name"]
     cells = (
         name,
         "" if way["way"] else f"`{row['model']}`",
@@ -147,6 +149,10 @@ def _line(row: Row, way: Row, notes: list[str]) -> str:
         " ".join(dict.fromkeys(marks)),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _code(way: str) -> str:
+    return " and ".join(f"`{w}`" if "(" in w else w for w in way.split(" and "))
 
 
 def _error(value: float) -> str:

@@ -35,6 +35,7 @@ from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import axis_track
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import latent_axes
+from compiled_sparse.passes.tracks import readable
 from compiled_sparse.passes.tracks import sole_piece
 from compiled_sparse.passes.tracks import stream
 
@@ -88,7 +89,7 @@ def _reshape(analysis: Provenance, node: fx.Node) -> TrackValue:
     if op_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
         return None
     before = shape_of(operand)
-    return reshape_tracks(before or (), analysis.of(operand), shape, node)
+    return readable(node, reshape_tracks(before or (), analysis.of(operand), shape, node))
 
 
 @rule("unfold")
@@ -104,7 +105,7 @@ def _unfold(analysis: Provenance, node: fx.Node) -> TrackValue:
     if not same(size, step) or not same(shape[dim] * size, before[dim]):
         return (*replaced(tracks, dim, stream(shape[dim], (node, dim))), stream(size, (node, -1)))
     digits = reshape_tracks((before[dim],), (tracks[dim],), (shape[dim], size), node)
-    return (*replaced(tracks, dim, digits[0]), digits[1])
+    return readable(node, (*replaced(tracks, dim, digits[0]), digits[1]))
 
 
 @rule("repeat_interleave")

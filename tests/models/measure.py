@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
+from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import harness
 import torch
 from builders.base import Builder
+from builders.base import Grid
 from builders.base import Truth
 
 import compiled_sparse as cs
 from compiled_sparse.report import Decision
 
 TOLERANCE = 1e-5
+UNSEEN = "In code that Dynamo leaves to Python after a graph break, or in a graph shared by layers."
+_EXPECTED = ("not_video", "cross_attention")
 
 
 @dataclass(frozen=True)
@@ -86,39 +90,90 @@ class Row:
 
 
 def measure(builder: Builder) -> Row:
-    """Compile a model as it is and, where calls are missed, with metadata; compare the outputs."""
+    """Compile a model as it is and, where calls are missed, with more; compare the outputs.
+
+    Of the further ways the row holds the first that leaves the fewest calls dense, and every one
+    that is wrong.
+    """
     with torch.no_grad():
         case = harness.build(builder)
         dense = harness.outputs(case)
         plain = harness.compile_and_run(case, None)
-        ways = [measure_way(builder, dense)]
-        for name, context in _further_ways(builder):
-            if ways[0].missed == 0:
+        ways = [measure_way(builder, dense, Way())]
+        for way in _further_ways(builder, plain.graphs) if ways[0].missed else []:
+            ways.append(measure_way(builder, dense, way))
+            if not ways[-1].missed:
                 break
-            way = measure_way(builder, dense, name, context)
-            if way.missed < min(known.missed for known in ways) or not way.is_right:
-                ways.append(way)
-    best = ways[-1:] if len(ways) > 1 else []
+    best = min(ways, key=lambda way: way.missed)
+    kept = [way for way in ways[1:] if way is best or not way.is_right]
     return Row(
         builder.name,
         builder.family,
         builder.model,
         builder.grid,
         plain.graphs,
-        (ways[0], *(way for way in ways[1:-1] if not way.is_right), *best),
+        (ways[0], *kept),
     )
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a user adds.
+
+    Args:
+        grid: As for `cs.metadata`, if that is entered.
+        text: As for `cs.metadata`, if it is said.
+        capture: Whether Dynamo is asked to trace through sizes that depend on data.
+    """
+
+    grid: Grid | None = None
+    text: Truth | None = None
+    capture: bool = False
+
+    def __str__(self) -> str:
+        """Return it as the table shows it."""
+        sides = {"before": self.text.before, "after": self.text.after} if self.text else {}
+        text = ", ".join(f"{side}={length}" for side, length in sides.items() if length)
+        said = f", text=cs.Text({text})" if text else ""
+        parts = [_CAPTURE] if self.capture else []
+        parts += [f"cs.metadata(grid_thw={self.grid}{said})"] if self.grid else []
+        return " and ".join(parts)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Apply it."""
+        text = cs.Text(self.text.before, self.text.after) if self.text else None
+        with ExitStack() as stack:
+            if self.grid:
+                stack.enter_context(cs.metadata(grid_thw=self.grid, text=text))
+            if self.capture:
+                stack.enter_context(torch._dynamo.config.patch(dict.fromkeys(_FLAGS, True)))
+            yield
+
+
+_FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
+_CAPTURE = "Dynamo's capture flags"
+
+
+def _further_ways(builder: Builder, graphs: int) -> list[Way]:
+    grid, seen = builder.grid, dict.fromkeys(harness.truths(builder))
+    texts = [truth for truth in seen if truth.kind == "video" and truth.before + truth.after]
+    said = [Way(grid), *(Way(grid, text) for text in texts)]
+    if graphs == 1:
+        return said
+    captured = [Way(way.grid, way.text, capture=True) for way in said]
+    return [*said, Way(capture=True), *captured]
 
 
 def measure_way(
     builder: Builder,
     dense: torch.Tensor,
-    way: str = "",
-    context: AbstractContextManager[Any] | None = None,
+    way: Way,
 ) -> Measured:
-    """Compile with a spanning and with the narrowest window inside a context and compare."""
+    """Compile with a spanning and with the narrowest window in one way and compare."""
     case, axes = harness.build(builder), len(builder.grid)
     truths = harness.truths(builder)
-    with context or nullcontext():
+    with way.entered():
         spanning = harness.compile_and_run(case, harness.spanning(axes))
         narrow = harness.compile_and_run(case, harness.narrow(axes))
     sites, wrong = harness.sites_of_calls(narrow, truths, builder.grid)
@@ -129,7 +184,7 @@ def measure_way(
         if truth.kind == "video" and sites and sites[index] is None
     ]
     return Measured(
-        way=way,
+        way=str(way),
         calls=len(truths),
         sparse=sum(narrow.executed),
         missed=len(missed),
@@ -146,7 +201,7 @@ def _reasons(run: harness.Compiled) -> dict[str, int]:
     reasons = Counter(site.reason for site in run.sites if site.reason)
     missing = len(run.executed) - len(harness.sdpa_sites(run.sites))
     if missing > 0:
-        reasons["not in a graph of its own"] = missing
+        reasons[UNSEEN] = missing
     return dict(reasons)
 
 
@@ -156,22 +211,6 @@ def _details(run: harness.Compiled, missed: Sequence[int]) -> tuple[str, ...]:
         [sites[index] for index in missed] if len(sites) == len(run.executed) else sites
     )
     seen = [f"{site.reason}: {site.detail}" for site in chosen if site.reason]
+    if missed and len(sites) < len(run.executed):
+        seen = [UNSEEN, *(line for line in seen if not line.startswith(_EXPECTED))]
     return tuple(dict.fromkeys(seen))
-
-
-def _further_ways(builder: Builder) -> list[tuple[str, AbstractContextManager[Any]]]:
-    grid, seen = builder.grid, dict.fromkeys(harness.truths(builder))
-    ways: list[tuple[str, AbstractContextManager[Any]]] = [
-        (f"cs.metadata(grid_thw={grid})", cs.metadata(grid_thw=grid))
-    ]
-    joint = [truth for truth in seen if truth.kind == "video" and truth.before + truth.after]
-    return ways + [_with_text(grid, truth) for truth in joint]
-
-
-def _with_text(grid: tuple[int, ...], truth: Truth) -> tuple[str, AbstractContextManager[Any]]:
-    sides = {"before": truth.before, "after": truth.after}
-    text = ", ".join(f"{side}={length}" for side, length in sides.items() if length)
-    return (
-        f"cs.metadata(grid_thw={grid}, text=cs.Text({text}))",
-        cs.metadata(grid_thw=grid, text=cs.Text(**sides)),
-    )
