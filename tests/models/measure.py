@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -34,7 +33,7 @@ class Measured:
         calls: Attention calls of one forward.
         sparse: How many of them ran sparse.
         missed: How many are full attention over the grid but ran dense.
-        reasons: Reason code of each other call, with its count.
+        outcomes: For each call in a graph, "sparse" or the reason code, as it was compiled.
         details: Reason code and detail of the missed ones.
         graphs: Number of graphs.
         exact_error: A window over the whole grid against dense attention, relative.
@@ -46,7 +45,7 @@ class Measured:
     calls: int
     sparse: int
     missed: int
-    reasons: dict[str, int]
+    outcomes: tuple[str, ...]
     details: tuple[str, ...]
     graphs: int
     exact_error: float
@@ -188,21 +187,13 @@ def measure_way(
         calls=len(truths),
         sparse=sum(narrow.executed),
         missed=len(missed),
-        reasons=_reasons(narrow),
+        outcomes=tuple(site.reason or site.decision for site in narrow.sites),
         details=_details(narrow, missed),
         graphs=narrow.graphs,
         exact_error=harness.relative_error(spanning.output, dense),
         narrow_error=harness.relative_error(narrow.output, expected),
         wrong=tuple(wrong),
     )
-
-
-def _reasons(run: harness.Compiled) -> dict[str, int]:
-    reasons = Counter(site.reason for site in run.sites if site.reason)
-    missing = len(run.executed) - len(harness.sdpa_sites(run.sites))
-    if missing > 0:
-        reasons[UNSEEN] = missing
-    return dict(reasons)
 
 
 def _details(run: harness.Compiled, missed: Sequence[int]) -> tuple[str, ...]:

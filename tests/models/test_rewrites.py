@@ -34,8 +34,69 @@ FAST = (
     "qwen image",
 )
 
+_UNKNOWN = "layout_unknown"
+_MASK = "mask_unsupported"
+
+# What each kind of call becomes, and below where it is something else, for each kind or call.
+OUTCOMES = {
+    "video": "sparse",
+    "cross": "cross_attention",
+    "text": "not_video",
+    "partial": "partial_grid",
+}
+EXCEPTIONS: dict[str, dict[str, str] | list[str]] = {
+    # Only the processor of the prompt's pooling is compiled: the rest loops over the batch.
+    "mochi": ["cross_attention"],
+    # Both blocks share one graph, which does not see the patch embedding.
+    "hunyuan video 1.5": ["not_video", _UNKNOWN],
+    "hunyuan video framepack": {"video": _UNKNOWN},
+    # Packed tokens and a list of positions: nothing in the graph shows the grid.
+    "flux": {"video": _UNKNOWN},
+    "flux 2": {"video": _UNKNOWN},
+    "flux 3": {"video": _UNKNOWN, "text": _UNKNOWN},
+    "chroma": {"video": _UNKNOWN},
+    "ltx coordinates": {"video": _UNKNOWN},
+    # Sound is one more sequence of packed tokens, and what it is made of is not known.
+    "ltx 2": {"text": _UNKNOWN},
+    # A mask of zeros and ones that is added to the scores hides nothing.
+    "cogview 4": {"video": _MASK},
+    # Causal from frame to frame.
+    "skyreels v2 causal": {"video": _MASK},
+}
+
 models = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in BUILDERS]
+)
+EXPLAINED = (
+    *FAST,
+    "wan image",
+    "wan timesteps",
+    "skyreels v2 causal",
+    "hunyuan video image, channels",
+    "cogvideox 2b",
+    "consisid",
+    "ltx coordinates",
+    "ltx 2",
+    "latte",
+    "cosmos",
+    "sana video",
+    "motif video",
+    "kandinsky 5",
+    "joyimage edit",
+    "helios",
+    "anyflow",
+    "flux 2",
+    "flux 3",
+    "chroma",
+    "pixart",
+    "auraflow",
+    "dit",
+    "sana",
+    "cogview 3+",
+    "cogview 4",
+    "ernie image",
+    "prx",
+    "nucleus image",
 )
 
 
@@ -46,6 +107,21 @@ def _row(name: str) -> Row:
 
 def _ways(name: str) -> tuple[Measured, ...]:
     return _row(name).ways
+
+
+def _expected(name: str) -> list[str]:
+    exceptions = EXCEPTIONS.get(name, {})
+    if isinstance(exceptions, list):
+        return exceptions
+    outcomes = {**OUTCOMES, **exceptions}
+    return [outcomes[truth.kind] for truth in harness.truths(BUILDERS[name])]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPLAINED]
+)
+def test_every_attention_call_is_explained(name: str) -> None:
+    assert list(_ways(name)[0].outcomes) == _expected(name)
 
 
 @models
