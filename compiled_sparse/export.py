@@ -8,14 +8,17 @@ refused, not ignored.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import operator
 from typing import Any
 from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from compiled_sparse.errors import ExportError
 from compiled_sparse.metadata import current_layout
@@ -127,7 +130,7 @@ def _mark_state(graph_module: fx.GraphModule, program: ExportedProgram) -> None:
 def _count_fixed_sizes(graph_module: fx.GraphModule) -> tuple[int, int]:
     """How much is known of symbolic sizes; a rewrite that learns more has fixed something."""
     values = [example_value(node) for node in graph_module.graph.nodes]
-    fakes = [value for value in values if isinstance(value, torch._subclasses.FakeTensor)]
+    fakes = [value for value in values if isinstance(value, FakeTensor)]
     shape_env = fakes[0].fake_mode.shape_env if fakes else None
     if shape_env is None:
         return 0, 0
@@ -139,29 +142,40 @@ def _as_exported(node: fx.Node) -> None:
     """Give a new node the form that exported graphs have."""
     if "example_value" in node.meta:
         node.meta["val"] = node.meta.pop("example_value")
-    if node.op == "call_method":
-        _expand_index(node)
+    selects = node.target is operator.getitem and not isinstance(_first_value(node), torch.Tensor)
+    is_tensor = isinstance(node.meta.get("val"), FakeTensor)
+    if is_tensor and not selects and not isinstance(node.target, OpOverload):
+        _lower(node)
 
 
-def _expand_index(node: fx.Node) -> None:
-    """Write `mask[:, 0, 0]` as the operations it stands for."""
-    tensor, index = node.args
-    assert isinstance(tensor, fx.Node)
-    assert isinstance(index, tuple)
-    dim, current = 0, tensor
+def _first_value(node: fx.Node) -> Any:
+    return example_value(node.all_input_nodes[0]) if node.all_input_nodes else None
+
+
+def _lower(node: fx.Node) -> None:
+    """Write a method or Python operator, such as `mask[:, 0, 0]`, as the aten calls it makes."""
+    inputs = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        given = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with node.meta["val"].fake_mode:
+        traced = make_fx(call, pre_dispatch=True)(*map(example_value, inputs))
+    copies: dict[fx.Node, Any] = {}
+    given = iter(inputs)
     with node.graph.inserting_before(node):
-        for item in index:
-            if isinstance(item, int):
-                current = _call(torch.ops.aten.select.int, current, dim, item)
-            dim += 0 if isinstance(item, int) else 1
-    node.replace_all_uses_with(current)
+        for each in traced.graph.nodes:
+            if each.op == "placeholder":
+                copies[each] = next(given)
+            elif each.op == "output":
+                node.replace_all_uses_with(copies[each.args[0]])
+            else:
+                copies[each] = node.graph.node_copy(each, copies.__getitem__)
     node.graph.erase_node(node)
-
-
-def _call(function: Callable[..., Any], tensor: fx.Node, *arguments: Any) -> fx.Node:
-    node = tensor.graph.call_function(function, (tensor, *arguments))
-    node.meta["val"] = function(tensor.meta["val"], *arguments)
-    return node
 
 
 def _renamed_outputs(program: ExportedProgram, graph_module: fx.GraphModule) -> Any:
