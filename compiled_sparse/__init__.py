@@ -17,6 +17,7 @@ from compiled_sparse.config import STA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
+from compiled_sparse.export import rewrite_exported
 from compiled_sparse.force import force
 from compiled_sparse.force import forced
 from compiled_sparse.guard import Guard
@@ -46,6 +47,7 @@ __all__ = [
     "ops",
     "quality",
     "reference",
+    "rewrite_exported",
     "sparse",
     "step_callback",
 ]

@@ -82,6 +82,10 @@ class GuardError(CompiledSparseError, RuntimeError):
     """A sparse call's output is not finite, or too far from dense attention's."""
 
 
+class ExportError(CompiledSparseError, ValueError):
+    """An exported program cannot hold what the policy asks for."""
+
+
 class DoubleBackwardError(CompiledSparseError, RuntimeError):
     """A second derivative of a kernel op was asked for."""
 

@@ -12,10 +12,13 @@ from typing import Any
 from typing import ClassVar
 
 import pytest
+import torch
 from messages import Case
 from messages import assert_wording
 from messages import raise_statements
 from messages import raised_at
+from modules import TinyDiT
+from modules import dit_inputs
 
 import compiled_sparse as cs
 from compiled_sparse import errors
@@ -38,6 +41,7 @@ from compiled_sparse.policy import as_policy
 MODULES = (
     "config",
     "environment",
+    "export",
     "guard",
     "policy",
     "metadata",
@@ -57,6 +61,16 @@ class Undefaulted(MechanismConfig):
 
     name: ClassVar[str] = "undefaulted"
     keep: float
+
+
+TABLE = cs.WindowTable(windows=((1, 1, 1), (3, 3, 3)), choice=(((0,),), ((1,),)))
+
+
+def exported(*, dynamic: bool = False) -> torch.export.ExportedProgram:
+    model, inputs = TinyDiT(1).requires_grad_(False), dit_inputs()
+    axes = {2: torch.export.Dim("frames")} if dynamic else None
+    shapes = {"video": axes, "text": None, "step": None}
+    return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
 
 
 def enter_metadata(**arguments: Any) -> None:
@@ -404,6 +418,30 @@ CASES = {
         lambda: report_findings(
             cs.Guard(on_failure="raise"), [Finding("blocks.0", 0, 0.7, dense_is_finite=True)]
         ),
+    ),
+    "steps of a program": Case(
+        errors.ExportError,
+        "an exported program knows no denoising steps",
+        "dense at steps 0-7",
+        "a policy without dense steps",
+        "keep the exported program for the dense steps",
+        lambda: cs.rewrite_exported(exported(), "balanced"),
+    ),
+    "values of a call": Case(
+        errors.ExportError,
+        "is handed no values of the call",
+        "step, windows",
+        "a mechanism whose pattern is fixed",
+        "one window instead of a table",
+        lambda: cs.rewrite_exported(exported(), cs.STA(window_thw=TABLE, tile_thw=(2, 3, 2))),
+    ),
+    "open sizes": Case(
+        errors.ExportError,
+        "a size that the program leaves open would be fixed",
+        "an automatic tile",
+        "static sizes",
+        "tile_thw=(6, 8, 8)",
+        lambda: cs.rewrite_exported(exported(dynamic=True), cs.STA(tile_thw="auto")),
     ),
     "windows per head": Case(
         errors.ConfigError,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _SELF = re.compile(r"^L\['[^']*'\]")
@@ -15,12 +16,15 @@ _MODULES = re.compile(r"(?:\.__dict__)?\['_modules'\]|\._modules")
 _KEY = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 _GETATTR = re.compile(r"getattr\((.*), '([^']*)'\)")
 
+MODULE_STATE = "compiled_sparse_module_state"
+"""Marks, in a node's meta, an exported program's placeholder for a module's own tensor."""
+
 CHECKPOINT_OPS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"})
 
 
 def example_value(node: fx.Node) -> Any:
-    """Return the fake value Dynamo recorded for a node, or None."""
-    return node.meta.get("example_value")
+    """Return the fake value Dynamo or `torch.export` recorded for a node, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
@@ -66,6 +70,8 @@ def op_name(node: fx.Node) -> str:
     """Return the method's or function's plain name, e.g. `permute`."""
     if node.op == "call_method":
         return str(node.target)
+    if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
+        return node.target._schema.name.removeprefix("aten::")
     return str(getattr(node.target, "__name__", node.target))
 
 

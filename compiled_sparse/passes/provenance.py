@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from torch._ops import OpOverloadPacket
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
+from compiled_sparse.passes.fx import MODULE_STATE
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
@@ -323,7 +324,7 @@ def _is_same_view(left: fx.Node, right: fx.Node) -> bool:
 
 def _is_state(node: fx.Node) -> bool:
     """Whether a placeholder belongs to a module: a parameter, buffer or table, not an input."""
-    if isinstance(example_value(node), torch.nn.Parameter):
+    if MODULE_STATE in node.meta or isinstance(example_value(node), torch.nn.Parameter):
         return True
     source = getattr(node, "_dynamo_source", None)
     name = "" if source is None else str(getattr(source, "name", ""))

@@ -276,6 +276,20 @@ def _index_tracks(analysis: Provenance, node: fx.Node, source: fx.Node, items: l
     return tuple(result)
 
 
+@rule("slice")
+def _slice(analysis: Provenance, node: fx.Node) -> TrackValue:
+    """A slice as `aten::slice` writes it: of one dimension, given by its number."""
+    shape, operand = shape_of(node), operand_of(node)
+    if shape is None or not isinstance(operand, fx.Node):
+        return None
+    dim = int(argument(node, 1, "dim", 0)) % len(shape)
+    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    item = slice(start, end, argument(node, 4, "step", 1))
+    tracks, sizes = analysis.of(operand), shape_of(operand) or ()
+    kept = slice_dim(tracks[dim], sizes[dim], item)
+    return replaced(tracks, dim, kept or unnamed(node, dim, shape, tracks[dim]))
+
+
 def slice_dim(track: Track, size: Any, item: slice) -> Track | None:
     """Return the track of a slice of one dimension, or None if it cannot be followed."""
     if item.step not in (None, 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from compiled_sparse.passes.combining import common
@@ -17,6 +18,7 @@ from compiled_sparse.passes.op_names import WRITING_POINTWISE
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import TrackValue
 from compiled_sparse.passes.provenance import rule
+from compiled_sparse.passes.provenance_rules import argument
 from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_rules import pointwise
 from compiled_sparse.passes.provenance_shapes import index_items
@@ -46,8 +48,35 @@ def _writing_pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
 def _setitem(analysis: Provenance, node: fx.Node) -> TrackValue:
     target, index, value = node.args
     assert isinstance(target, fx.Node)
+    _write(analysis, node, target, index_items(index, len(shape_of(target) or ())), value)
+    return None
+
+
+@rule("copy_")
+def _copy(analysis: Provenance, node: fx.Node) -> TrackValue:
+    """A write as `torch.export` records it: into slices of a tensor, taken one by one."""
+    target: Any = node.args[0] if len(node.args) > 1 else None
+    if not isinstance(target, fx.Node):
+        analysis.lose(node)
+        return None
+    items: list[Any] = [slice(None)] * len(shape_of(target) or ())
+    while target.target is torch.ops.aten.slice.Tensor:
+        dim = int(argument(target, 1, "dim", 0)) % len(items)
+        if items[dim] != slice(None):
+            analysis.lose(node)  # a slice of a slice
+            return None
+        start, end = argument(target, 2, "start"), argument(target, 3, "end")
+        items[dim] = slice(start, end, argument(target, 4, "step", 1))
+        target = target.args[0]
+    _write(analysis, node, target, items, node.args[1])
+    return analysis.of(node.args[0])  # what it wrote to is what it returns
+
+
+def _write(
+    analysis: Provenance, node: fx.Node, target: fx.Node, items: list[Any] | None, value: Any
+) -> None:
+    """Note that `node` wrote a value to the places of a tensor that `items` index."""
     old, shape = analysis.of(target), shape_of(target) or ()
-    items = index_items(index, len(shape))
     written = _without_spread_dims(analysis, value)
     new = None if items is None else _written_tracks(node, old, shape, items, written)
     if new is None and any(has_video(track) for track in old):
@@ -55,7 +84,6 @@ def _setitem(analysis: Provenance, node: fx.Node) -> TrackValue:
     else:
         unknown = tuple(stream(size, (node, dim)) for dim, size in enumerate(shape))
         analysis.overwrite(node, target, unknown if new is None else new)
-    return None
 
 
 def _without_spread_dims(analysis: Provenance, value: Any) -> Tracks:

@@ -30,6 +30,7 @@ from compiled_sparse.passes.provenance import Visit
 from compiled_sparse.passes.tracks import Track
 
 SDPA = F.scaled_dot_product_attention
+_SDPA_TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
 OTHER_ATTENTION = frozenset({"flex_attention", "multi_head_attention_forward"})
 
 
@@ -117,7 +118,7 @@ def find_sites(owner: fx.GraphModule) -> tuple[list[Site], list[OtherAttention]]
 def _collect(visit: Visit, sites: list[Site], others: list[OtherAttention]) -> None:
     if visit.node.op != "call_function":
         return
-    if visit.node.target is SDPA:
+    if visit.node.target in _SDPA_TARGETS:
         sites.append(_site(visit))
     elif op_name(visit.node) in OTHER_ATTENTION:
         others.append(OtherAttention(module_path(visit.node), op_name(visit.node)))
