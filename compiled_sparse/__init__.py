@@ -12,12 +12,14 @@ from compiled_sparse import ops
 from compiled_sparse import reference
 from compiled_sparse.attach import attach
 from compiled_sparse.attach import sparse
+from compiled_sparse.compatible import compatible
 from compiled_sparse.config import STA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
 from compiled_sparse.force import force
 from compiled_sparse.force import forced
+from compiled_sparse.guard import Guard
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import metadata
 from compiled_sparse.metadata import step_callback
@@ -30,11 +32,13 @@ __all__ = [
     "STA",
     "Auto",
     "Dense",
+    "Guard",
     "Policy",
     "Text",
     "WindowTable",
     "attach",
     "attention",
+    "compatible",
     "explain",
     "force",
     "forced",

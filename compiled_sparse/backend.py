@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import fx
 from torch._dynamo import lookup_backend
 
 from compiled_sparse.errors import StrictRewriteError
+from compiled_sparse.guard import Guard
+from compiled_sparse.guard import read_findings
+from compiled_sparse.guard import report_findings
 from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.metadata import current_call
@@ -31,6 +35,7 @@ from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import StepSchedule
+from compiled_sparse.policy import as_policy
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 from compiled_sparse.report import Decision
@@ -58,8 +63,8 @@ def compiled_sparse_backend(
     Args:
         graph_module: Graph from Dynamo; left untouched.
         example_inputs: Its inputs.
-        options: `policy`, `inner` ("inductor", "aot_eager" or "eager"), `mode`, `strict`, and any
-            name of inductor's own config.
+        options: `policy`, `inner` ("inductor", "aot_eager" or "eager"), `mode`, `strict`, `guard`,
+            and any name of inductor's own config.
         mode: torch.compile's mode, for inductor.
 
     Returns:
@@ -85,12 +90,14 @@ class VariantKey:
         forced: What `cs.force` says.
         environment: What `COMPILED_SPARSE_BACKEND` says.
         dense_schedules: The step schedules under which the call's step is dense.
+        check_rows: How many rows of each sparse call are compared with dense attention.
     """
 
     layout: LayoutMetadata | None
     forced: Policy | None
     environment: Policy | None
     dense_schedules: frozenset[StepSchedule]
+    check_rows: int = 0
 
 
 class _Dispatcher:
@@ -105,7 +112,10 @@ class _Dispatcher:
         self._lock = threading.RLock()
         self._has_attention = False
         self._warned_of_steps = False
-        key = self._key()
+        self._checked_paths: dict[VariantKey, tuple[str, ...]] = {}
+        key = self.key()
+        if settings.guard is not None:
+            key = replace(key, check_rows=settings.guard.rows)
         rewritten, extra = self._rewrite(key)
         appended = [each.tensor(current_call()) for each in extra]
         compiled = _compile(rewritten, [*example_inputs, *appended], settings)
@@ -115,7 +125,9 @@ class _Dispatcher:
     def as_callable(self) -> Compiled:
         if not self._has_attention:
             return self._first
-        variants, build, current_key = self._variants, self._build, self._key
+        if self._settings.guard is not None:
+            return _GuardedRun(self, self._settings.guard)
+        variants, build, current_key = self._variants, self.variant, self.key
 
         def run(*inputs: Any) -> Any:
             key = current_key()
@@ -126,7 +138,8 @@ class _Dispatcher:
 
         return run
 
-    def _key(self) -> VariantKey:
+    def key(self) -> VariantKey:
+        """Return what the present call selects; checks are the guard's matter."""
         sources, call = current_sources(self._settings.policy), current_call()
         dense = dense_schedules(sources, call, self._modules)
         if not self._warned_of_steps:
@@ -137,15 +150,21 @@ class _Dispatcher:
     def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
         rewritten = clone_dynamo_graph(self._pristine)
         sources = PolicySources(self._settings.policy, key.forced, key.environment)
-        rewrite = SparseAttentionPass(sources, key.layout, dense_schedules=key.dense_schedules)
+        rewrite = SparseAttentionPass(
+            sources,
+            key.layout,
+            dense_schedules=key.dense_schedules,
+            check_rows=key.check_rows,
+        )
         decisions = rewrite(rewritten)
+        self._checked_paths[key] = rewrite.checked_paths
         self._has_attention = bool(decisions)
         is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
         _announce(decisions, self._settings.strict, is_automatic=is_automatic)
         return rewritten, rewrite.runtime_inputs
 
-    def _build(self, key: VariantKey) -> Compiled:
-        """Compile a further variant, outside Dynamo: a nested compile guards its own shapes."""
+    def variant(self, key: VariantKey) -> Compiled:
+        """Return a variant, compiled outside Dynamo: a nested compile guards its own shapes."""
         with self._lock:
             if key not in self._variants:
                 settings = self._settings
@@ -157,6 +176,50 @@ class _Dispatcher:
                 compiled = torch.compile(rewritten, backend=inner)
                 self._variants[key] = _with_inputs(compiled, extra)
             return self._variants[key]
+
+    def checked(self, key: VariantKey) -> tuple[Compiled, tuple[str, ...]]:
+        """Return a variant with checks, and the calls its last outputs are about.
+
+        One without sparse calls has nothing to check and serves as the plain variant, too.
+        """
+        compiled = self.variant(key)
+        paths = self._checked_paths[key]
+        if not paths:
+            self._variants.setdefault(replace(key, check_rows=0), compiled)
+        return compiled, paths
+
+
+_DENSE = as_policy("dense")
+
+
+class _GuardedRun:
+    """Calls of a graph of which the first ones of each variant are checked."""
+
+    def __init__(self, dispatcher: _Dispatcher, guard: Guard) -> None:
+        self._dispatcher = dispatcher
+        self._guard = guard
+        self._num_checked: dict[VariantKey, int] = {}
+        self._is_dense = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        key = self._dispatcher.key()
+        if self._is_dense:
+            key = replace(key, forced=_DENSE)
+        elif self._num_checked.get(key, 0) < self._guard.calls:
+            return self._check(key, inputs)
+        return self._dispatcher.variant(key)(*inputs)
+
+    def _check(self, key: VariantKey, inputs: tuple[Any, ...]) -> Any:
+        compiled, paths = self._dispatcher.checked(replace(key, check_rows=self._guard.rows))
+        outputs = compiled(*inputs)
+        self._num_checked[key] = self._num_checked.get(key, 0) + 1 if paths else self._guard.calls
+        if not paths:
+            return outputs
+        findings = read_findings(paths, outputs[-len(paths) :])
+        self._is_dense = report_findings(self._guard, findings)
+        if self._is_dense:
+            return self._dispatcher.variant(replace(key, forced=_DENSE))(*inputs)
+        return outputs[: -len(paths)]
 
 
 def _with_inputs(compiled: Compiled, extra: tuple[RuntimeInput, ...]) -> Compiled:

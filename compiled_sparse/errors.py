@@ -78,6 +78,10 @@ class StrictRewriteError(CompiledSparseError, RuntimeError):
     """`strict=True` and a call that should have become sparse stayed dense."""
 
 
+class GuardError(CompiledSparseError, RuntimeError):
+    """A sparse call's output is not finite, or too far from dense attention's."""
+
+
 class DoubleBackwardError(CompiledSparseError, RuntimeError):
     """A second derivative of a kernel op was asked for."""
 

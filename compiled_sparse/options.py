@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from compiled_sparse.errors import UnknownOptionError
+from compiled_sparse.guard import Guard
+from compiled_sparse.guard import as_guard
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import as_policy
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
-OWN_OPTIONS = ("policy", "inner", "mode", "strict")
+OWN_OPTIONS = ("policy", "inner", "mode", "strict", "guard")
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class BackendOptions:
         inner: Compiler the rewritten graph is handed to.
         inductor: Inductor config patches, `mode` included.
         strict: Raise where a call that should be sparse stays dense.
+        guard: What to check on the first calls, if anything.
     """
 
     policy: Policy
     inner: str
     inductor: Mapping[str, Any]
     strict: bool
+    guard: Guard | None = None
 
     @property
     def is_automatic(self) -> bool:
@@ -51,12 +55,13 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
 
     Raises:
         UnknownOptionError: if a key, the inner compiler or the mode is not known.
-        ConfigError: if the policy is not one.
+        ConfigError: if the policy or the guard is not one.
     """
     given = dict(options or {})
     policy = as_policy(given.pop("policy", None))
     inner = given.pop("inner", "inductor")
     strict = bool(given.pop("strict", False))
+    guard = as_guard(given.pop("guard", None))
     mode = given.pop("mode", None) or mode
     if inner not in INNER_COMPILERS:
         raise UnknownOptionError(
@@ -66,7 +71,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             next_step='pass options={"inner": "inductor"}',
         )
     patches = {**_mode_patches(mode), **_inductor_patches(given)}
-    return BackendOptions(policy, inner, patches, strict)
+    return BackendOptions(policy, inner, patches, strict, guard)
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:

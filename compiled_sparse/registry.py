@@ -12,8 +12,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import MISSING
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import fields
 from importlib import metadata
 from typing import TYPE_CHECKING
 from typing import Any
@@ -133,7 +135,8 @@ class Mechanism:
         parameters: Learned parameters per attention module, by name, with their shapes' axes.
 
     Raises:
-        ConfigError: if there is no name, or not exactly one of `token_mask` and `reference`.
+        ConfigError: if there is no name, or not exactly one of `token_mask` and `reference`, or a
+            field of the config has no default, so that its name alone would name no mechanism.
     """
 
     config: type[MechanismConfig]
@@ -152,6 +155,18 @@ class Mechanism:
                 got=f"name {self.name!r}, token_mask={self.token_mask}, reference={self.reference}",
                 expected="a config class with a name, and one of token_mask and reference",
                 next_step="set `name` on the config class and pass the mechanism's reference",
+            )
+        required = [
+            each.name
+            for each in fields(self.config)
+            if each.default is MISSING and each.default_factory is MISSING
+        ]
+        if required:
+            raise ConfigError(
+                "a config has fields without a default",
+                got=f"{self.config.__qualname__}: {', '.join(required)}",
+                expected="a default for each, as the mechanism's name alone is a policy too",
+                next_step="give every field of the config class a default",
             )
 
     @property

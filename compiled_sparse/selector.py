@@ -35,11 +35,13 @@ __all__ = [
     "AUTO_MIN_GAIN",
     "AUTO_MIN_TOKENS",
     "KERNEL_EFFICIENCY",
+    "CallFacts",
     "Chosen",
     "PolicySources",
     "Refused",
     "Requested",
     "SiteFacts",
+    "call_supported",
     "capabilities_of",
     "choose",
     "current_sources",
@@ -204,26 +206,60 @@ def capabilities_of(config: MechanismConfig) -> Capabilities:
     return KERNEL_CAPABILITIES if mechanism is None else mechanism.capabilities
 
 
+@dataclass(frozen=True)
+class CallFacts:
+    """What a mechanism's capabilities are asked about.
+
+    Args:
+        dtype: Dtype of queries, keys and values.
+        head_dim: Head size of the queries; an integer, or a symbol nobody can decide on.
+        value_dim: Head size of the values.
+        device: Device type.
+        training: Whether a gradient is needed.
+        key_mask: Whether there is a key-padding mask.
+    """
+
+    dtype: torch.dtype
+    head_dim: object
+    value_dim: object
+    device: str
+    training: bool = False
+    key_mask: bool = False
+
+
+def call_supported(
+    call: CallFacts, capabilities: Capabilities = KERNEL_CAPABILITIES
+) -> Refused | None:
+    """Return what a mechanism cannot take about a call, if there is something."""
+    if call.dtype not in capabilities.dtypes:
+        return Refused("dtype_unsupported", str(call.dtype))
+    known = isinstance(call.head_dim, int) and call.head_dim <= capabilities.max_head_dim
+    if not known or call.value_dim != call.head_dim:
+        sizes = f"{call.head_dim} for queries, {call.value_dim} for values"
+        return Refused("head_dim_unsupported", sizes)
+    if call.device not in capabilities.devices:
+        return Refused("device_unsupported", call.device)
+    if call.training and capabilities.forward_only:
+        return Refused("forward_only", "a gradient is needed")
+    if call.key_mask and not capabilities.key_mask:
+        return Refused("mask_unsupported", "the mechanism takes no mask")
+    return None
+
+
 def tensors_supported(
     query: torch.Tensor,
     value: torch.Tensor,
     capabilities: Capabilities = KERNEL_CAPABILITIES,
+    *,
+    key_mask: bool = False,
 ) -> Refused | None:
     """Check dtype, head size, rank and device of a call's tensors (fake ones will do)."""
     if query.dim() != 4:
         return Refused("rank_unsupported", f"{query.dim()} dimensions")
-    if query.dtype not in capabilities.dtypes:
-        return Refused("dtype_unsupported", str(query.dtype))
-    head_dim: object = query.shape[-1]
-    value_dim: object = value.shape[-1]
-    limit = capabilities.max_head_dim
-    if not isinstance(head_dim, int) or head_dim > limit or value_dim != head_dim:
-        return Refused("head_dim_unsupported", f"{head_dim} for queries, {value_dim} for values")
-    if query.device.type not in capabilities.devices:
-        return Refused("device_unsupported", query.device.type)
-    if capabilities.forward_only and query.requires_grad:
-        return Refused("forward_only", "the queries need a gradient")
-    return None
+    training = query.requires_grad or value.requires_grad
+    sizes = (query.shape[-1], value.shape[-1])
+    call = CallFacts(query.dtype, *sizes, query.device.type, training, key_mask)
+    return call_supported(call, capabilities)
 
 
 def needs_static_grid(config: MechanismConfig) -> bool:

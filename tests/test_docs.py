@@ -11,16 +11,22 @@ from typing import Any
 import pytest
 
 from compiled_sparse import config
+from compiled_sparse import registry
 from compiled_sparse import selector
 from compiled_sparse.config import STA
+from compiled_sparse.environment import ALIASES
+from compiled_sparse.quality import LEVELS
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README, START, REPORT, ENVIRONMENT, STA_PAGE = (
+README, START, REPORT, ENVIRONMENT, STA_PAGE, POLICY_PAGE, MIGRATION = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("start", "report", "environment", "sta")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("start", "report", "environment", "sta", "policy", "migration")
+    ),
 )
 
 
@@ -34,7 +40,8 @@ def snippets(page: Path) -> list[tuple[int, str]]:
 
 def execute(page: Path, line: int, source: str, namespace: dict[str, Any]) -> None:
     """Run a block so that a traceback shows the line of the page."""
-    exec(compile("\n" * line + source, str(page), "exec"), namespace)
+    code = compile("\n" * line + source, str(page), "exec", dont_inherit=True)
+    exec(code, namespace)
 
 
 def table_rows(page: Path, first_cell: str) -> list[tuple[str, ...]]:
@@ -56,6 +63,7 @@ def test_every_snippet_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_mechanisms", dict(registry._mechanisms))  # pages may add some
     namespace: dict[str, Any] = {}
     if page != START:  # the pages say that `model` and `inputs` are those of the start page
         execute(START, *snippets(START)[0], namespace)
@@ -125,6 +133,27 @@ def test_numbers_in_prose_are_those_of_the_code() -> None:
         "window_thw": f"`{STA().window_thw}`",
         "tile_thw": f"`{STA().tile_thw}`",
     }
+
+
+def test_the_policy_page_shows_the_numbers_of_the_quality_levels() -> None:
+    rows = {row[0].strip("`"): row[1:] for row in table_rows(POLICY_PAGE, "level")}
+    assert rows == {
+        name: (
+            str(level.config.window_fraction),
+            str(level.dense_first_steps),
+            str(level.dense_first_layers),
+            str(level.config.min_gain),
+        )
+        for name, level in LEVELS.items()
+    }
+
+
+def test_the_pages_list_every_name_of_fastvideo() -> None:
+    rows = {name.strip("`"): text for name, text in table_rows(MIGRATION, "FastVideo's name")}
+    assert {name: text.split("`")[1] for name, text in rows.items()} == ALIASES
+    known = config.known_mechanisms()
+    assert all(("not in this release" in rows[n]) == (m not in known) for n, m in ALIASES.items())
+    assert all(f"`{name}`" in ENVIRONMENT.read_text(encoding="utf-8") for name in ALIASES)
 
 
 def test_the_readme_says_of_no_mechanism_that_it_works_before_it_does() -> None:

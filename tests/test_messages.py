@@ -5,9 +5,11 @@ A raise statement without a case here fails `test_every_error_has_a_case_for_its
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
+from typing import ClassVar
 
 import pytest
 from messages import Case
@@ -23,15 +25,38 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
 from compiled_sparse.environment import _parse
 from compiled_sparse.environment import mechanism_from_name
+from compiled_sparse.guard import Finding
+from compiled_sparse.guard import report_findings
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.mechanisms import sta
+from compiled_sparse.mechanisms.block_selector import block_selector_mechanism
+from compiled_sparse.mechanisms.contract import build_metadata
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
 
-MODULES = ("config", "environment", "policy", "metadata", "layout", "options", "registry")
+MODULES = (
+    "config",
+    "environment",
+    "guard",
+    "policy",
+    "metadata",
+    "layout",
+    "options",
+    "registry",
+    "mechanisms/block_selector",
+    "mechanisms/contract",
+)
 
 STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undefaulted(MechanismConfig):
+    """A config whose name alone would say too little."""
+
+    name: ClassVar[str] = "undefaulted"
+    keep: float
 
 
 def enter_metadata(**arguments: Any) -> None:
@@ -327,6 +352,58 @@ CASES = {
         "SLIDING_TILE_ATTN",
         "unset it",
         lambda: _parse("stta"),
+    ),
+    "default of a config": Case(
+        errors.ConfigError,
+        "fields without a default",
+        "Undefaulted: keep",
+        "the mechanism's name alone is a policy too",
+        "a default",
+        lambda: replace(MECHANISM, config=Undefaulted),
+    ),
+    "name of an op": Case(
+        errors.ConfigError,
+        "not the name of a mechanism and its op",
+        "name 'sta', config.name 'dense', runtime inputs ['time']",
+        "step, sparsity, layer, windows",
+        'set `name = "sta"`',
+        lambda: block_selector_mechanism(
+            "sta", cs.Dense, print, density=print, runtime_inputs=("time",)
+        ),
+    ),
+    "latents and patch": Case(
+        errors.LayoutError,
+        "latents and patch have different numbers of axes",
+        "raw_latent_shape (1, 16, 4, 8, 8), patch_size (1, 2, 2)",
+        "one patch side per axis",
+        "latents.shape[2:]",
+        lambda: build_metadata(step=0, raw_latent_shape=(1, 16, 4, 8, 8), patch_size=(1, 2, 2)),
+    ),
+    "guard values": Case(
+        errors.ConfigError,
+        "Guard has a value out of range",
+        "calls=0",
+        "calls >= 1",
+        "Guard(calls=2",
+        lambda: cs.Guard(calls=0),
+    ),
+    "guard": Case(
+        errors.ConfigError,
+        "options['guard'] is no guard",
+        "'yes'",
+        "calls, max_relative_error, on_failure, rows",
+        '{"guard": {"calls": 2',
+        lambda: parse_options({"guard": "yes"}),
+    ),
+    "guard failure": Case(
+        errors.GuardError,
+        "1 of 1 sparse calls failed the guard",
+        "blocks.0: relative error 0.7",
+        "relative error up to 0.5",
+        "a wider window",
+        lambda: report_findings(
+            cs.Guard(on_failure="raise"), [Finding("blocks.0", 0, 0.7, dense_is_finite=True)]
+        ),
     ),
     "windows per head": Case(
         errors.ConfigError,

@@ -125,6 +125,7 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "environment": _NOT_FOR_LEAVES,
     "errors": _NOT_FOR_LEAVES,
     "force": _NOT_FOR_LEAVES,
+    "guard": _NOT_FOR_LEAVES,
     "layout": _NOT_FOR_LEAVES,
     "metadata": _NOT_FOR_LEAVES,
     "pattern": _NOT_FOR_LEAVES,

@@ -39,5 +39,6 @@ def _autocast_kernel(op_name: str, device_type: str, key: str) -> Any:
 def _cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor) or value.device.type != device_type:
         return value
-    eligible = value.is_floating_point() and value.dtype != torch.float64
+    # A 0-d tensor is a number of the call, such as a sparsity, that half precision would round.
+    eligible = value.is_floating_point() and value.dtype != torch.float64 and value.dim() > 0
     return value.to(dtype) if eligible else value

@@ -17,6 +17,7 @@ from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.passes.checks import Checks
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
@@ -65,6 +66,8 @@ class SparseAttentionPass:
         layout: What `cs.metadata` says about the tokens, if anything.
         dense_schedules: The step schedules under which the present step is dense.
         rewrite: False only decides and reports.
+        check_rows: How many query rows of each sparse call to compare with dense attention, as
+            further outputs of the graph; 0 for none.
     """
 
     def __init__(
@@ -74,12 +77,15 @@ class SparseAttentionPass:
         *,
         dense_schedules: frozenset[StepSchedule] = frozenset(),
         rewrite: bool = True,
+        check_rows: int = 0,
     ) -> None:
         self.sources = PolicySources(policy) if isinstance(policy, Policy) else policy
         self.layout = layout
         self.dense_schedules = dense_schedules
         self.rewrite = rewrite
+        self.check_rows = check_rows
         self.runtime_inputs: tuple[RuntimeInput, ...] = ()
+        self.checked_paths: tuple[str, ...] = ()
 
     def __call__(self, owner: fx.GraphModule) -> list[Decision]:
         """Process a graph and the graphs nested in it.
@@ -89,20 +95,22 @@ class SparseAttentionPass:
 
         Returns:
             One decision per attention call, in execution order. Afterwards `runtime_inputs` says
-            which tensors must be passed behind the graph's own inputs.
+            which tensors must be passed behind the graph's own inputs, and `checked_paths` which
+            calls the statistics behind its own outputs are about.
         """
-        markers, runtime = Markers(owner), RuntimeInputs(owner)
+        markers, runtime, checks = Markers(owner), RuntimeInputs(owner), Checks(owner)
         edited = markers.erase()
         sites, others = find_sites(owner)
         cases = self._cases(sites, markers, ends_here=not _has_graph_break(owner))
-        decisions = [self._process(case, runtime) for case in cases]
+        decisions = [self._process(case, runtime, checks) for case in cases]
         decisions += [_other_decision(other) for other in others]
         if self.rewrite:
-            edited += [*(site.owner for site in sites), *runtime.edited]
+            edited += [*(site.owner for site in sites), *runtime.edited, *checks.edited]
         for module in {id(module): module for module in edited}.values():
             module.graph.lint()
             module.recompile()
         self.runtime_inputs = runtime.inputs
+        self.checked_paths = tuple(checks.paths)
         return decisions
 
     def uuid(self) -> str:
@@ -111,7 +119,9 @@ class SparseAttentionPass:
         for source in sorted(Path(__file__).parent.glob("*.py")):
             digest.update(source.read_bytes())
         schedules = sorted(map(repr, self.dense_schedules))
-        digest.update(repr((self.sources, self.layout, schedules, self.rewrite)).encode())
+        digest.update(
+            repr((self.sources, self.layout, schedules, self.rewrite, self.check_rows)).encode()
+        )
         return digest.hexdigest()
 
     def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
@@ -120,7 +130,7 @@ class SparseAttentionPass:
         facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
         return list(map(_Case, sites, layouts, facts, speaking))
 
-    def _process(self, case: _Case, runtime: RuntimeInputs) -> Decision:
+    def _process(self, case: _Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
         site, layout, facts = case.site, case.layout, case.facts
         if not isinstance(layout, SiteLayout):
             return _dense_decision(site, facts, layout)
@@ -137,7 +147,9 @@ class SparseAttentionPass:
         if refused is not None:
             return _dense_decision(site, facts, refused, wanted)
         if self.rewrite:
-            _replace(site, layout, chosen, arguments)
+            out = _replace(site, layout, chosen, arguments)
+            if self.check_rows:
+                checks.add(site.path, site.owner, out, self.check_rows)
         return _sparse_decision(site, facts, layout, chosen, wanted)
 
 
@@ -232,7 +244,12 @@ def _prove(
     capabilities = capabilities_of(config)
     refused = (
         _call_supported(site, capabilities)
-        or tensors_supported(site.tensor("query"), site.tensor("value"), capabilities)
+        or tensors_supported(
+            site.tensor("query"),
+            site.tensor("value"),
+            capabilities,
+            key_mask=site.arguments["attn_mask"] is not None,
+        )
         or _broadcasts(site)
     )
     if refused is not None:
@@ -257,8 +274,6 @@ def _call_supported(site: Site, capabilities: Capabilities) -> Refused | None:
         mask = site.tensor("attn_mask")
         shape = tuple(hint(size) for size in mask.shape)
         return Refused("mask_unsupported", f"{mask.dtype} mask of shape {shape}")
-    if arguments["attn_mask"] is not None and not capabilities.key_mask:
-        return Refused("mask_unsupported", "the mechanism takes no mask")
     return None
 
 
@@ -275,7 +290,9 @@ def _broadcasts(site: Site) -> Refused | None:
     return None if fits else Refused("broadcast_unsupported", f"batch and heads {shapes}")
 
 
-def _replace(site: Site, layout: SiteLayout, chosen: Chosen, arguments: RuntimeArguments) -> None:
+def _replace(
+    site: Site, layout: SiteLayout, chosen: Chosen, arguments: RuntimeArguments
+) -> fx.Node:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
     key_mask = key_mask_node(site)
@@ -290,6 +307,7 @@ def _replace(site: Site, layout: SiteLayout, chosen: Chosen, arguments: RuntimeA
     _describe(site, op, out)
     site.node.replace_all_uses_with(out)
     graph.erase_node(site.node)
+    return out
 
 
 def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:

@@ -69,7 +69,7 @@ class RuntimeInputs:
 
     def can_reach(self, owner: fx.GraphModule) -> bool:
         """Whether a value can be handed from the root's inputs into a nested graph."""
-        return owner is self._root or bool(_paths(self._root, owner))
+        return owner is self._root or bool(checkpoint_calls(self._root, owner))
 
     def node(self, wanted: RuntimeInput, site: Site) -> fx.Node:
         """Return an input as a node of a site's graph.
@@ -94,7 +94,7 @@ class RuntimeInputs:
             return node
         if (node, owner) not in self._entered:
             placeholder = _append_placeholder(owner, node.name, example_value(node))
-            for call, parent in _paths(self._root, owner):
+            for call, parent in checkpoint_calls(self._root, owner):
                 call.args = (*call.args, self.reach(node, parent))
                 self._changed(parent)
             self._entered[node, owner] = placeholder
@@ -123,7 +123,9 @@ def _append_placeholder(owner: fx.GraphModule, name: str, value: Any) -> fx.Node
     return placeholder
 
 
-def _paths(root: fx.GraphModule, owner: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
+def checkpoint_calls(
+    root: fx.GraphModule, owner: fx.GraphModule
+) -> list[tuple[fx.Node, fx.GraphModule]]:
     """Return every checkpoint call of a nested graph with the graph module that makes it.
 
     Empty where the graph is also used otherwise, or its caller cannot be reached: then there is no
@@ -138,7 +140,7 @@ def _paths(root: fx.GraphModule, owner: fx.GraphModule) -> list[tuple[fx.Node, f
                 if not _is_plain_call(user, node):
                     return []
                 calls.append((user, parent))
-    reachable = all(parent is root or _paths(root, parent) for _, parent in calls)
+    reachable = all(parent is root or checkpoint_calls(root, parent) for _, parent in calls)
     return calls if reachable else []
 
 
