@@ -28,11 +28,8 @@ def same_raster(left: Sequence[Atom], right: Sequence[Atom]) -> bool:
 def _same_digit(left: Atom, right: Atom) -> bool:
     if isinstance(left, Stream) or isinstance(right, Stream):
         return type(left) is type(right) and same(left.size, right.size)
-    return (
-        (left.axis, left.key, left.kind) == (right.axis, right.key, right.kind)
-        and len(left.axes.sizes) == len(right.axes.sizes)
-        and all(map(same, left.axes.sizes, right.axes.sizes))
-    )
+    digits = [(p.axis, p.key, p.kind, p.is_outer, len(p.axes.sizes)) for p in (left, right)]
+    return digits[0] == digits[1]
 
 
 def merge(left: Track, right: Track, *, positions: bool = False) -> Track | None:
@@ -79,16 +76,30 @@ def _merge_parts(left: Part, right: Part, positions: bool) -> Part | None:
         if winner.is_video and not other.is_video:
             return winner
     if left.is_video or is_constant((left,)):
-        return left if same_raster(left.atoms, right.atoms) else None
-    if _aligned(left.atoms, right.atoms):
+        if left.cut == right.cut and same_raster(left.atoms, right.atoms):
+            return left
+        return _frames_beside_a_video(left, right) or _frames_beside_a_video(right, left)
+    if left.cut is None and right.cut is None and _aligned(left.atoms, right.atoms):
         return Part(tuple(map(_union, left.atoms, right.atoms)))
     return Part((_union(fused(left), fused(right)),))
+
+
+def _frames_beside_a_video(run: Part, video: Part) -> Part | None:
+    """Some frames of a video and as many of a signal that controls only these."""
+    if run.cut is None or video.cut is not None or not run.is_video or not video.is_video:
+        return None
+    (frames, *more), (others, *rest) = run.atoms, video.atoms
+    if more or rest or not isinstance(frames, Piece) or not isinstance(others, Piece):
+        return None
+    ranks = len(frames.axes.sizes), len(others.axes.sizes)
+    fits = frames.is_whole and others.is_whole and ranks[0] == ranks[1]
+    return run if fits and frames.axis == others.axis else None
 
 
 def _with_positions(tokens: Part, table: Part) -> Part:
     """Mark tokens with a table that runs over several axes; a mere count says nothing."""
     raster = table.pieces
-    if tokens.is_video or len(raster) != len(table.atoms) or len(raster) < 2:
+    if tokens.is_video or table.cut or len(raster) != len(table.atoms) or len(raster) < 2:
         return tokens
     atom = fused(tokens)
     return Part((replace(atom, positions=atom.positions | {raster}),))
@@ -109,10 +120,11 @@ def _as_stream(atom: Atom) -> Stream:
 def fused(part: Part) -> Stream:
     """Return one stream for all atoms, under a name that only the same atoms give."""
     (first, *rest) = part.atoms
-    if not rest and isinstance(first, Stream):
+    if not rest and part.cut is None and isinstance(first, Stream):
         return first
     sizes = tuple(size_key(atom.size) for atom in part.atoms)
-    return Stream(frozenset({("fused", part.atoms, sizes)}), part.size)
+    origins = frozenset({("fused", part, sizes)} if not is_bare((part,)) else ())
+    return Stream(origins, part.size)
 
 
 def common(left: Track, right: Track) -> Track | None:
@@ -138,7 +150,7 @@ def _common_part(left: Part, right: Part) -> Part | None:
     for bare, table in ((left, right), (right, left)):
         if is_bare((bare,)) and is_constant((table,)) and same(bare.size, table.size):
             return table
-    if len(left.atoms) != len(right.atoms):
+    if len(left.atoms) != len(right.atoms) or left.cut or right.cut:
         left, right = Part((fused(left),)), Part((fused(right),))
     shared = [_common_atom(a, b) for a, b in zip(left.atoms, right.atoms, strict=True)]
     atoms = tuple(atom for atom in shared if atom is not None)
@@ -184,7 +196,7 @@ def _same_part(query: Part, key: Part, value: Part) -> bool:
     if query.is_video:
         return query == key == value
     parts = (query, key, value)
-    if any(len(a.atoms) != len(b.atoms) for a, b in pairwise(parts)):
+    if any(p.cut for p in parts) or any(len(a.atoms) != len(b.atoms) for a, b in pairwise(parts)):
         query, key, value = (Part((fused(part),)) for part in parts)
     return all(map(_same_tokens, query.atoms, key.atoms, value.atoms))
 

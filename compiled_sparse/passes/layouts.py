@@ -46,7 +46,7 @@ class SiteLayout:
     text_before: Any = 0
     text_after: Any = 0
     origin: str = "graph"
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[Reader | None, ...] = ()
 
     @property
     def grid_hint(self) -> tuple[int, ...]:
@@ -100,7 +100,10 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
 
 def _advice(site: Site, given: LayoutMetadata | None) -> str:
     if given is None:
-        return "the graph does not show the grid; pass cs.metadata(grid_thw=(T, H, W))"
+        return (
+            "the graph does not show the grid; pass cs.metadata(grid_thw=(T, H, W)) "
+            "or call cs.attach(model)"
+        )
     length = hint(site.tensor("query").shape[-2])
     problem = f"cs.metadata describes {given.num_tokens} tokens, this call has {length}"
     if given.text is None and length > given.num_tokens:
@@ -144,6 +147,8 @@ def _layout_of_graph(site: Site, is_placed: bool) -> SiteLayout | Refusal | None
 
 def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:
     videos = [i for i, part in enumerate(track) if part.is_video]
+    if any(track[i].cut is not None for i in videos):
+        return Refusal("layout_unknown", "some of the video's tokens are missing or moved")
     if len(videos) > 1:
         return Refusal("several_grids", "more than one video in the sequence")
     part = track[videos[0]]
@@ -158,14 +163,13 @@ def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:
         return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
     if tuple(axes) != known.live or any(isinstance(atom, Piece) for atom in atoms_of(batch)):
         names = "THW"[-len(known.sizes) :]
-        return Refusal(
-            "partial_grid", f"attends along {''.join(names[axis] for axis in axes)} only"
-        )
+        along = "".join(names[axis] for axis in axes)
+        return Refusal("partial_grid", f"attends along {along} only")
     return _with_text(track, videos[0], known.sizes, known.readers)
 
 
 def _with_text(
-    track: Track, index: int, grid: tuple[Any, ...], readers: tuple[Reader, ...]
+    track: Track, index: int, grid: tuple[Any, ...], readers: tuple[Reader | None, ...]
 ) -> SiteLayout:
     before, after = track_size(track[:index]), track_size(track[index + 1 :])
     return SiteLayout(grid, before, after, readers=readers)
@@ -174,7 +178,8 @@ def _with_text(
 def _positions(part: Part) -> frozenset[tuple[Piece, ...]]:
     """Tables of positions the tokens of a part were rotated by."""
     (atom, *rest) = part.atoms
-    return atom.positions if isinstance(atom, Stream) and not rest else frozenset()
+    is_whole = isinstance(atom, Stream) and not rest and part.cut is None
+    return atom.positions if is_whole and isinstance(atom, Stream) else frozenset()
 
 
 def _layout_of_positions(site: Site) -> SiteLayout | Refusal | None:
@@ -195,7 +200,9 @@ def _layout_of_positions(site: Site) -> SiteLayout | Refusal | None:
     return None if grid is None else _with_text(site.query_track, placed[0], *grid)
 
 
-def _grid_of_table(raster: tuple[Piece, ...]) -> tuple[tuple[Any, ...], tuple[Reader, ...]] | None:
+def _grid_of_table(
+    raster: tuple[Piece, ...],
+) -> tuple[tuple[Any, ...], tuple[Reader | None, ...]] | None:
     """The grid a table runs over: all axes of one meshgrid, or one each of several tables."""
     if not all(piece.is_whole for piece in raster) or len(raster) > MAX_AXES:
         return None
@@ -223,14 +230,10 @@ def can_be_dynamic(site: Site, layout: SiteLayout) -> bool:
     varying = [t for t in (layout.text_before, layout.text_after) if not isinstance(t, int)]
     readers = layout.readers or (None,) * len(layout.grid)
     is_here = all(
-        isinstance(axis, int) or (reader is not None and _is_readable(reader, site))
+        isinstance(axis, int) or (reader is not None and reader.node.graph is site.node.graph)
         for axis, reader in zip(layout.grid, readers, strict=True)
     )
     return is_here and len(varying) <= 1
-
-
-def _is_readable(reader: Reader, site: Site) -> bool:
-    return reader.node.graph is site.node.graph and isinstance(reader.divisor, int)
 
 
 def specialized(layout: SiteLayout) -> SiteLayout:
@@ -262,9 +265,9 @@ def layout_arguments(site: Site, layout: SiteLayout) -> tuple[list[Any], Any, An
     return (grid, before, rest) if isinstance(before, int) else (grid, rest, after)
 
 
-def _length_node(reader: Reader) -> fx.Node:
-    size = _size_node(reader.node, reader.dim)
-    return size if reader.divisor == 1 else _call(operator.floordiv, size, reader.divisor)
+def _length_node(reader: Reader | None) -> fx.Node:
+    assert reader is not None
+    return _size_node(*reader)
 
 
 def _size_node(tensor: Any, dim: int) -> fx.Node:

@@ -113,13 +113,24 @@ def _attention(analysis: Provenance, node: fx.Node) -> TrackValue:
 def _reduction(analysis: Provenance, node: fx.Node) -> TrackValue:
     shape, operand = shape_of(node), operand_of(node)
     before = shape_of(operand) if isinstance(operand, fx.Node) else None
-    if shape is None or before is None or len(shape) != len(before):
+    if shape is None or before is None:
         return None
     tracks = analysis.of(operand)
+    if len(shape) != len(before):
+        gone = _reduced_dims(node, len(before))
+        kept = [track for dim, track in enumerate(tracks) if dim not in gone]
+        return tuple(kept) if len(kept) == len(shape) else None
     return tuple(
         track if same(size, kept) else stream(1)
         for track, size, kept in zip(tracks, before, shape, strict=True)
     )
+
+
+def _reduced_dims(node: fx.Node, rank: int) -> set[int]:
+    """Dimensions a reduction names; without names, none, which fits no shape."""
+    dims = argument(node, 2 if op_name(node) == "norm" else 1, "dim", node.kwargs.get("axis"))
+    given = dims if isinstance(dims, Sequence) else [dims]
+    return {dim % rank for dim in given if isinstance(dim, int) and not isinstance(dim, bool)}
 
 
 @rule(*CONSTANTS)

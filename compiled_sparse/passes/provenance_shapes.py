@@ -24,6 +24,7 @@ from compiled_sparse.passes.provenance_rules import argument
 from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_rules import rank_of
 from compiled_sparse.passes.provenance_rules import replaced
+from compiled_sparse.passes.reshapes import joined
 from compiled_sparse.passes.reshapes import reshape_tracks
 from compiled_sparse.passes.reshapes import slice_track
 from compiled_sparse.passes.tracks import Kind
@@ -34,6 +35,7 @@ from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import axis_track
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import latent_axes
+from compiled_sparse.passes.tracks import readable
 from compiled_sparse.passes.tracks import sole_piece
 from compiled_sparse.passes.tracks import stream
 
@@ -83,7 +85,7 @@ def _reshape(analysis: Provenance, node: fx.Node) -> TrackValue:
     if op_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
         return None
     before = shape_of(operand)
-    return reshape_tracks(before or (), analysis.of(operand), shape, node)
+    return readable(node, reshape_tracks(before or (), analysis.of(operand), shape, node))
 
 
 @rule("unfold")
@@ -99,7 +101,7 @@ def _unfold(analysis: Provenance, node: fx.Node) -> TrackValue:
     if not same(size, step) or not same(shape[dim] * size, before[dim]):
         return (*replaced(tracks, dim, stream(shape[dim], (node, dim))), stream(size, (node, -1)))
     digits = reshape_tracks((before[dim],), (tracks[dim],), (shape[dim], size), node)
-    return (*replaced(tracks, dim, digits[0]), digits[1])
+    return readable(node, (*replaced(tracks, dim, digits[0]), digits[1]))
 
 
 @rule("repeat_interleave")
@@ -150,22 +152,24 @@ def _concatenate(analysis: Provenance, node: fx.Node) -> TrackValue:
         return None
     dim = argument(node, 1, "dim", node.kwargs.get("axis", 0)) % len(shape)
     result: Tracks | None = None
-    joined: list[Part] = []
+    parts: list[Part] = []
     for operand in operands:
         tracks = analysis.of(operand)
-        joined.extend(part for part in tracks[dim] if not same(part.size, 0))
+        parts.extend(part for part in tracks[dim] if not same(part.size, 0))
         others = replaced(tracks, dim, stream(shape[dim]))
         result = others if result is None else _side_by_side(node, shape, result, others)
-    return None if result is None else replaced(result, dim, _named_constants(node, joined))
+    return None if result is None else replaced(result, dim, _named_constants(node, parts))
 
 
 def _named_constants(node: fx.Node, parts: list[Part]) -> Track:
     """Learned tokens beside others are tokens too: from here on they have an identity."""
     if is_constant(tuple(parts)):
-        return tuple(parts)
-    return tuple(
-        Part((Stream(frozenset({(node, i)}), part.size),)) if is_constant((part,)) else part
-        for i, part in enumerate(parts)
+        return joined(parts)
+    return joined(
+        [
+            Part((Stream(frozenset({(node, i)}), part.size),)) if is_constant((part,)) else part
+            for i, part in enumerate(parts)
+        ]
     )
 
 

@@ -34,7 +34,7 @@ Names = dict[Piece, Track]
 
 
 def _start_grid(
-    analysis: Provenance, node: fx.Node, sizes: Sequence[Any], readers: Sequence[Reader]
+    analysis: Provenance, node: fx.Node, sizes: Sequence[Any], readers: Sequence[Reader | None]
 ) -> Axes:
     analysis.start_video(node)
     return Axes(node, Kind.GRID, tuple(sizes), tuple(readers))
@@ -74,12 +74,13 @@ def _convolution(analysis: Provenance, node: fx.Node) -> TrackValue:
     latents = [piece for track in tracks[2:] if (piece := _latent(track)) is not None]
     if not _is_ascending(latents):
         return None
-    sizes, readers = list(shape[2:]), [Reader(node, dim) for dim in range(2, len(shape))]
+    sizes: list[Any] = list(shape[2:])
+    readers: list[Reader | None] = [Reader(node, dim) for dim in range(2, len(shape))]
     frames = _folded_frames(tracks[0], latents) if len(shape) == 4 else None
     if frames is not None:
         sizes, readers = [frames.size, *sizes], [frames.reader, *readers]
     elif len(shape) == 4 and _is_one_frame(tracks[1], latents):
-        sizes, readers = [1, *sizes], [readers[0], *readers]
+        sizes, readers = [1, *sizes], [None, *readers]
     axes = _start_grid(analysis, node, sizes, readers)
     batch = _renamed(tracks[0], {frames: axis_track(axes, 0)}) if frames else tracks[0]
     start = len(sizes) - len(shape[2:])
@@ -214,7 +215,8 @@ def _patches(analysis: Provenance, node: fx.Node, tokens: Sequence[Track]) -> Na
         first = number - len(pieces)  # of a single frame there is no axis left to see
     else:
         return {}
-    sizes, readers = [1] * number, [pieces[0].reader] * number
+    sizes: list[Any] = [1] * number
+    readers: list[Reader | None] = [None] * number
     axis_of = {p: p.axis if grid else first + i for i, p in enumerate(pieces)}
     for piece, axis in axis_of.items():
         sizes[axis], readers[axis] = piece.size, piece.reader

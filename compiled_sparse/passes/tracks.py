@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 from typing import NamedTuple
@@ -32,11 +33,10 @@ class Kind(Enum):
 
 
 class Reader(NamedTuple):
-    """Where the length of an axis can be read: size of `node` along `dim`, divided."""
+    """Where a length can be read: the size of `node` along `dim`."""
 
     node: fx.Node
     dim: int
-    divisor: Any = 1
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Axes:
         node: Where they start.
         kind: What they are.
         sizes: Length of each.
-        readers: Where each length can be read.
+        readers: Where each length can be read, if anywhere.
     """
 
     node: fx.Node
     kind: Kind
     sizes: tuple[Any, ...] = field(compare=False)
-    readers: tuple[Reader, ...] = field(compare=False)
+    readers: tuple[Reader | None, ...] = field(compare=False)
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -72,6 +72,7 @@ class Piece:
         size: Number of positions.
         step: Coordinates per position.
         is_outer: Whether it is the slowest digit, so that its order is the axis's own.
+        reader: Where the size can be read, if anywhere.
     """
 
     axes: Axes
@@ -80,6 +81,7 @@ class Piece:
     size: Any = field(compare=False)
     step: Any = field(compare=False)
     is_outer: bool = field(compare=False)
+    reader: Reader | None = field(default=None, compare=False)
 
     @property
     def kind(self) -> Kind:
@@ -90,12 +92,6 @@ class Piece:
     def is_whole(self) -> bool:
         """Whether it is the axis, not a digit of it."""
         return self.is_outer and same(self.step, 1)
-
-    @property
-    def reader(self) -> Reader:
-        """Where the size can be read; only right for an outer piece."""
-        node, dim, divisor = self.axes.readers[self.axis]
-        return Reader(node, dim, divisor * self.step)
 
     def digits(self, outer: Any) -> tuple[Piece, Piece]:
         """Split into `outer` positions and the rest."""
@@ -160,14 +156,34 @@ class Part:
 
     Args:
         atoms: At least one.
+        cut: First position and the one behind the last, where it is only a run of the raster.
     """
 
     atoms: tuple[Atom, ...]
+    cut: tuple[int, int] | None = None
 
     @property
     def size(self) -> Any:
         """Number of positions."""
+        if self.cut is not None:
+            return self.cut[1] - self.cut[0]
         return math.prod(atom.size for atom in self.atoms)
+
+    def between(self, start: int, stop: int) -> Part:
+        """Return a run of its positions."""
+        if (start, stop) == (0, self.size):
+            return self
+        first = 0 if self.cut is None else self.cut[0]
+        return Part(self.atoms, (first + start, first + stop))
+
+    def continued_by(self, other: Part) -> Part | None:
+        """Join with the run behind it."""
+        if self.cut is None or other.cut is None or self.atoms != other.atoms:
+            return None
+        if self.cut[1] != other.cut[0]:
+            return None
+        whole = Part(self.atoms)
+        return whole.between(self.cut[0], other.cut[1])
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -208,7 +224,8 @@ def axis_track(axes: Axes, axis: int) -> Track:
     size = axes.sizes[axis]
     if same(size, 1):
         return stream(1)
-    return (Part((_piece(axes, axis, size, 1, is_outer=True),)),)
+    piece = _piece(axes, axis, size, 1, is_outer=True)
+    return (Part((replace(piece, reader=axes.readers[axis]),)),)
 
 
 def latent_axes(node: fx.Node, shape: Sequence[Any]) -> Axes:
@@ -235,10 +252,20 @@ def atoms_of(track: Track) -> Iterator[Atom]:
 
 def sole_piece(track: Track) -> Piece | None:
     """Return the piece a dimension consists of, or None if there is anything else."""
-    if len(track) != 1 or len(track[0].atoms) != 1:
+    if len(track) != 1 or len(track[0].atoms) != 1 or track[0].cut is not None:
         return None
     atom = track[0].atoms[0]
     return atom if isinstance(atom, Piece) else None
+
+
+def readable(node: fx.Node, tracks: Tracks) -> Tracks:
+    """Note that the sizes of pieces that are a dimension of `node` can be read there."""
+    return tuple(
+        (Part((replace(piece, reader=Reader(node, dim)),)),)
+        if (piece := sole_piece(track)) is not None and piece.reader is None
+        else track
+        for dim, track in enumerate(tracks)
+    )
 
 
 def is_constant(track: Track) -> bool:

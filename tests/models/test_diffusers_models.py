@@ -23,7 +23,11 @@ import compiled_sparse as cs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-TEXT = {"hunyuan video": cs.Text(after=TEXT_LENGTH)}
+TEXT = {
+    "hunyuan video": cs.Text(after=TEXT_LENGTH),
+    "cogvideox 5b": cs.Text(before=TEXT_LENGTH),
+    "easyanimate": cs.Text(before=TEXT_LENGTH),
+}
 
 
 def _build(name: str, batch: int = 1, grid: tuple[int, ...] = GRID) -> Case:
@@ -37,12 +41,23 @@ def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
 def _expected(
     name: str, model: nn.Module, inputs: dict[str, Any], grid: tuple[int, ...] = GRID
 ) -> Any:
-    return expected_output(
-        lambda: _call(model, inputs), grid_thw=grid, text=TEXT.get(name, cs.Text())
-    )
+    text = TEXT.get(name, cs.Text())
+    return expected_output(lambda: _call(model, inputs), grid_thw=grid, text=text)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan image", "skyreels v2", "wan vace", "hunyuan video"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wan",
+        "wan image",
+        "skyreels v2",
+        "wan vace",
+        "hunyuan video",
+        "cogvideox 5b",
+        pytest.param("easyanimate", marks=pytest.mark.slow),
+        pytest.param("anyflow", marks=pytest.mark.slow),
+    ],
+)
 def test_values_and_all_gradients_are_those_of_the_reference(name: str) -> None:
     model, inputs = _build(name)
     expected = _expected(name, model, inputs)

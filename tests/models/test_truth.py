@@ -10,6 +10,7 @@ import torch
 from builders import BUILDERS
 from builders.base import Builder
 from builders.base import Case
+from builders.scope import OUT_OF_SCOPE
 from torch import Tensor
 
 # Where each of these hands over tokens, the order is the pipeline's and stands in its code.
@@ -81,3 +82,13 @@ def _with_patch_changed(case: Case, builder: Builder, place: tuple[int, ...]) ->
         box[axis] = slice(at * side, (at + 1) * side)
     video[tuple(box)] += torch.randn_like(video[tuple(box)])
     return Case(case.model, {**case.inputs, builder.video: video})
+
+
+def test_every_transformer_of_the_installed_release_is_built_or_listed_with_its_reason() -> None:
+    from diffusers.models import transformers
+
+    known = {builder.model for builder in BUILDERS.values()}
+    present = {name for name, value in vars(transformers).items() if isinstance(value, type)}
+    assert not known & set(OUT_OF_SCOPE)
+    assert present <= known | set(OUT_OF_SCOPE), sorted(present - known - set(OUT_OF_SCOPE))
+    assert present >= known

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import torch
 
 from builders.base import CROSS
 from builders.base import HEAD_DIM
@@ -97,3 +98,25 @@ def ltx_2(grid: Grid, batch: int = 1) -> Case:
         "return_dict": False,
     }
     return Case(randomized(diffusers.LTX2VideoTransformer3DModel(**_ltx2_config())), inputs)
+
+
+@builder(
+    "sana wm refiner",
+    "Sana",
+    "SanaWMLTX2RefinerTransformer3DModel",
+    (VIDEO, CROSS) * 2,
+    axes=(),
+)
+def sana_wm_refiner(grid: Grid, batch: int = 1) -> Case:
+    """The refiner of Sana-WM, LTX-2's video half, without its cache; the rotary table comes in."""
+    model = diffusers.SanaWMLTX2RefinerTransformer3DModel(**_ltx2_config())
+    coordinates = model.rope.prepare_video_coords(batch, *grid, torch.device("cpu"), fps=25.0)
+    inputs = {
+        "hidden_states": tokens(grid, 4, batch),
+        "encoder_hidden_states": text(batch),
+        "timestep": steps(batch),
+        "video_rotary_emb": model.rope(coordinates),
+        "encoder_attention_mask": prompt_mask(batch),
+        "return_dict": False,
+    }
+    return Case(randomized(model), inputs)

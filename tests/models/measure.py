@@ -1,0 +1,216 @@
+"""What becomes of one model: the evidence behind a row of docs/models.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+from builders.base import Builder
+from builders.base import Grid
+from builders.base import Truth
+
+import compiled_sparse as cs
+from compiled_sparse.report import Decision
+
+TOLERANCE = 1e-5
+UNSEEN = "In code that Dynamo leaves to Python after a graph break, or in a graph shared by layers."
+_EXPECTED = ("not_video", "cross_attention")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, compiled in one way.
+
+    Args:
+        way: What was passed beside the model's own inputs, as code; empty for nothing.
+        calls: Attention calls of one forward.
+        sparse: How many of them ran sparse.
+        missed: How many are full attention over the grid but ran dense.
+        reasons: Reason code of each other call, with its count.
+        details: Reason code and detail of the missed ones.
+        graphs: Number of graphs.
+        exact_error: A window over the whole grid against dense attention, relative.
+        narrow_error: The narrowest window against the eager reference, relative.
+        wrong: One line per layout that is not the true one.
+    """
+
+    way: str
+    calls: int
+    sparse: int
+    missed: int
+    reasons: dict[str, int]
+    details: tuple[str, ...]
+    graphs: int
+    exact_error: float
+    narrow_error: float
+    wrong: tuple[str, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing is wrong; a call that stayed dense is not wrong."""
+        return not self.wrong and max(self.exact_error, self.narrow_error) < TOLERANCE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Args:
+        name: The builder's.
+        family: The builder's.
+        model: Name of the class.
+        grid: The grid used.
+        dense_graphs: Number of graphs under plain torch.compile.
+        ways: The model as it is, and a second way where that makes more calls sparse.
+    """
+
+    name: str
+    family: str
+    model: str
+    grid: tuple[int, ...]
+    dense_graphs: int
+    ways: tuple[Measured, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every way is right and adds no graph break."""
+        return all(way.is_right and way.graphs <= self.dense_graphs for way in self.ways)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "is_right": self.is_right}
+
+
+def measure(builder: Builder) -> Row:
+    """Compile a model as it is and, where calls are missed, with more; compare the outputs.
+
+    Of the further ways the row holds the first that leaves the fewest calls dense, and every one
+    that is wrong.
+    """
+    with torch.no_grad():
+        case = harness.build(builder)
+        dense = harness.outputs(case)
+        plain = harness.compile_and_run(case, None)
+        ways = [measure_way(builder, dense, Way())]
+        for way in _further_ways(builder, plain.graphs) if ways[0].missed else []:
+            ways.append(measure_way(builder, dense, way))
+            if not ways[-1].missed:
+                break
+    best = min(ways, key=lambda way: way.missed)
+    kept = [way for way in ways[1:] if way is best or not way.is_right]
+    return Row(
+        builder.name,
+        builder.family,
+        builder.model,
+        builder.grid,
+        plain.graphs,
+        (ways[0], *kept),
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a user adds.
+
+    Args:
+        grid: As for `cs.metadata`, if that is entered.
+        text: As for `cs.metadata`, if it is said.
+        capture: Whether Dynamo is asked to trace through sizes that depend on data.
+    """
+
+    grid: Grid | None = None
+    text: Truth | None = None
+    capture: bool = False
+
+    def __str__(self) -> str:
+        """Return it as the table shows it."""
+        sides = {"before": self.text.before, "after": self.text.after} if self.text else {}
+        text = ", ".join(f"{side}={length}" for side, length in sides.items() if length)
+        said = f", text=cs.Text({text})" if text else ""
+        parts = [_CAPTURE] if self.capture else []
+        parts += [f"cs.metadata(grid_thw={self.grid}{said})"] if self.grid else []
+        return " and ".join(parts)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Apply it."""
+        text = cs.Text(self.text.before, self.text.after) if self.text else None
+        with ExitStack() as stack:
+            if self.grid:
+                stack.enter_context(cs.metadata(grid_thw=self.grid, text=text))
+            if self.capture:
+                stack.enter_context(torch._dynamo.config.patch(dict.fromkeys(_FLAGS, True)))
+            yield
+
+
+_FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
+_CAPTURE = "Dynamo's capture flags"
+
+
+def _further_ways(builder: Builder, graphs: int) -> list[Way]:
+    grid, seen = builder.grid, dict.fromkeys(harness.truths(builder))
+    texts = [truth for truth in seen if truth.kind == "video" and truth.before + truth.after]
+    said = [Way(grid), *(Way(grid, text) for text in texts)]
+    if graphs == 1:
+        return said
+    captured = [Way(way.grid, way.text, capture=True) for way in said]
+    return [*said, Way(capture=True), *captured]
+
+
+def measure_way(
+    builder: Builder,
+    dense: torch.Tensor,
+    way: Way,
+) -> Measured:
+    """Compile with a spanning and with the narrowest window in one way and compare."""
+    case, axes = harness.build(builder), len(builder.grid)
+    truths = harness.truths(builder)
+    with way.entered():
+        spanning = harness.compile_and_run(case, harness.spanning(axes))
+        narrow = harness.compile_and_run(case, harness.narrow(axes))
+    sites, wrong = harness.sites_of_calls(narrow, truths, builder.grid)
+    expected = harness.replay(case, sites, harness.narrow(axes)) if sites else dense
+    missed = [
+        index
+        for index, truth in enumerate(truths)
+        if truth.kind == "video" and sites and sites[index] is None
+    ]
+    return Measured(
+        way=str(way),
+        calls=len(truths),
+        sparse=sum(narrow.executed),
+        missed=len(missed),
+        reasons=_reasons(narrow),
+        details=_details(narrow, missed),
+        graphs=narrow.graphs,
+        exact_error=harness.relative_error(spanning.output, dense),
+        narrow_error=harness.relative_error(narrow.output, expected),
+        wrong=tuple(wrong),
+    )
+
+
+def _reasons(run: harness.Compiled) -> dict[str, int]:
+    reasons = Counter(site.reason for site in run.sites if site.reason)
+    missing = len(run.executed) - len(harness.sdpa_sites(run.sites))
+    if missing > 0:
+        reasons[UNSEEN] = missing
+    return dict(reasons)
+
+
+def _details(run: harness.Compiled, missed: Sequence[int]) -> tuple[str, ...]:
+    sites = harness.sdpa_sites(run.sites)
+    chosen: Sequence[Decision] = (
+        [sites[index] for index in missed] if len(sites) == len(run.executed) else sites
+    )
+    seen = [f"{site.reason}: {site.detail}" for site in chosen if site.reason]
+    if missed and len(sites) < len(run.executed):
+        seen = [UNSEEN, *(line for line in seen if not line.startswith(_EXPECTED))]
+    return tuple(dict.fromkeys(seen))

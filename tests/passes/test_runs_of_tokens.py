@@ -1,0 +1,177 @@
+"""Sequences cut into runs: joined again they are the video, in another order they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from modules import GRID
+from modules import LENGTH
+from modules import POLICY
+from modules import Attention
+from modules import RecordingBackend
+from modules import Tiny
+from modules import assert_close
+from modules import assert_rewritten
+from modules import assert_untouched
+from modules import expected_output
+from modules import raster
+from modules import record
+from modules import tokens
+from modules import video
+from torch import Tensor
+
+import compiled_sparse as cs
+
+FRAME = GRID[1] * GRID[2]
+Move = Callable[[Tensor], Tensor]
+
+
+def _first_frame_changed(x: Tensor) -> Tensor:
+    return torch.cat([x[:, :FRAME] * 2, x[:, FRAME:] + 1], 1)
+
+
+def _written_back(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 7:40] = x[:, 7:40].tanh()
+    return x
+
+
+REJOINED: dict[str, Move] = {
+    "first frame changed": _first_frame_changed,
+    "in three": lambda x: torch.cat([x[:, :11], x[:, 11:30], x[:, 30:]], 1),
+    "chunks": lambda x: torch.cat(x.chunk(7, 1), 1),
+    "a slice of a slice": lambda x: torch.cat([x[:, :40][:, :5], x[:, :40][:, 5:], x[:, 40:]], 1),
+    "written back": _written_back,
+}
+
+
+@pytest.mark.parametrize("move", REJOINED.values(), ids=REJOINED)
+def test_runs_joined_in_order_are_the_video_again(move: Move) -> None:
+    assert_rewritten(Tiny(lambda m, x: m.attn(move(raster(x)))).requires_grad_(False), video())
+
+
+def _written_elsewhere(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 7:40] = x[:, 8:41] * 1
+    return x
+
+
+def _read_through_an_old_view(x: Tensor) -> Tensor:
+    x = x.clone()
+    view = x[:, :30]
+    x[:] = x.flip(1)
+    return torch.cat([view, x[:, 30:]], 1)
+
+
+SCATTERED: dict[str, Move] = {
+    "repeated": lambda x: torch.cat([x[:, :40], x[:, 20:40]], 1),
+    "a gap": lambda x: torch.cat([x[:, :20], x[:, 21:]], 1),
+    "swapped": lambda x: torch.cat([x[:, 20:], x[:, :20]], 1),
+    "the end left out": lambda x: x[:, :FRAME],
+    "one run of two orders": lambda x: torch.cat([x[:, :20], x.flip(1)[:, 20:]], 1),
+    "written elsewhere": _written_elsewhere,
+    "read through an old view": _read_through_an_old_view,
+}
+
+
+@pytest.mark.parametrize("move", SCATTERED.values(), ids=SCATTERED)
+def test_runs_in_another_order_or_incomplete_are_left_alone(move: Move) -> None:
+    model = Tiny(lambda m, x: m.attn(move(raster(x)))).requires_grad_(False)
+    assert_untouched(model, video(), reason="layout_unknown")
+
+
+def test_a_run_is_not_text_beside_its_video() -> None:
+    model = Tiny(lambda m, x: m.attn(torch.cat([raster(x), raster(x)[:, :FRAME]], 1)))
+    assert_untouched(model, video(), reason="layout_unknown")
+
+
+def test_frames_cut_off_before_attention_are_left_alone_and_joined_again_known() -> None:
+    def body(m: Tiny, x: Tensor) -> Tensor:
+        part = m.attn(raster(x[:, :, 1:]))
+        x = torch.cat([x[:, :, :1], x[:, :, 1:] * 2], 2)
+        return m.attn(raster(x)) + part.mean()
+
+    backend, _ = record(Tiny(body), video())
+    assert backend.outcomes == ["layout_unknown", "sparse"]
+
+
+def test_a_signal_that_controls_some_frames_keeps_the_layout() -> None:
+    def body(m: Tiny, x: Tensor, signal: Tensor) -> Tensor:
+        x[:, :, 1:] = x[:, :, 1:] + m.patch(signal)
+        return m.attn(raster(x))
+
+    model = Tiny(body).requires_grad_(False)
+    assert_rewritten(model, video(), video(grid=(2, 4, 5)))
+
+
+def test_a_signal_with_axes_of_its_own_ends_the_layout() -> None:
+    def body(m: Tiny, x: Tensor, signal: Tensor) -> Tensor:
+        return m.attn(raster(x + m.patch(signal).permute(0, 1, 4, 3, 2)))
+
+    model = Tiny(body).requires_grad_(False)
+    assert_untouched(model, video(grid=(3, 4, 3)), video(grid=(3, 4, 3)), reason="layout_unknown")
+
+
+# Text that `cs.metadata` does not mention.
+
+
+def _joined(*lengths: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    attn = Attention().requires_grad_(False)
+
+    def model(*parts: Tensor) -> Tensor:
+        return attn(torch.cat(parts, 1))
+
+    return model, tuple(tokens(1, length) for length in lengths)
+
+
+def _outcome(*lengths: int) -> RecordingBackend:
+    model, inputs = _joined(*lengths)
+    return record(model, *inputs, grid_thw=GRID)[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "text"),
+    [
+        ((LENGTH,), (0, 0)),
+        ((7, LENGTH), (7, 0)),
+        ((LENGTH, 3, 4), (0, 7)),
+        ((7, LENGTH, 70), (7, 70)),
+        ((7, 20, 40, 5), (7, 5)),
+    ],
+)
+def test_text_is_what_lies_around_the_part_of_the_videos_length(
+    lengths: tuple[int, ...], text: tuple[int, int]
+) -> None:
+    model, inputs = _joined(*lengths)
+    backend, actual = record(model, *inputs, grid_thw=GRID)
+    (decision,) = backend.decisions
+    assert (decision.decision, decision.layout_origin) == ("sparse", "metadata")
+    assert (decision.text_before, decision.text_after) == text
+    where = cs.Text(before=text[0], after=text[1])
+    assert_close(actual, expected_output(model, *inputs, text=where))
+
+
+@pytest.mark.parametrize("lengths", [(LENGTH, LENGTH), (20, 40, 20), (67,), (7, 59)])
+def test_text_that_cannot_be_told_from_the_video_is_asked_for(lengths: tuple[int, ...]) -> None:
+    (decision,) = _outcome(*lengths).decisions
+    assert decision.reason == "layout_unknown"
+    says = "pass text=" if sum(lengths) > LENGTH else "this call has"
+    assert says in decision.detail
+
+
+def test_text_of_the_videos_length_is_told_from_it_by_the_graph() -> None:
+    model = Tiny(lambda m, x, t: m.attn(torch.cat([t, raster(x)], 1)))
+    inputs = (video(), tokens())
+    backend, actual = record(model, *inputs, grid_thw=GRID)
+    (decision,) = backend.decisions
+    assert (decision.text_before, decision.text_after) == (LENGTH, 0)
+    expected = expected_output(model, *inputs, text=cs.Text(before=LENGTH))
+    assert_close(actual, expected)
+    assert record(model, *inputs, policy=POLICY)[0].outcomes == ["sparse"]
+
+
+def test_text_longer_than_the_video_is_text() -> None:
+    model = Tiny(lambda m, x, t: m.attn(torch.cat([raster(x), t], 1)))
+    assert_rewritten(model, video(), tokens(1, 2 * LENGTH), text=cs.Text(after=2 * LENGTH))
