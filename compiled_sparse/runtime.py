@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from compiled_sparse.errors import ConfigError
 from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.windows import WindowTable
 
@@ -39,8 +40,29 @@ def table_tensor(table: WindowTable, device: torch.device) -> Tensor:
         return palette[torch.tensor(table.choice, device="cpu")].to(device)
 
 
-def call_tensor(name: str, call: CallMetadata, device: torch.device) -> Tensor:
-    """Return the present value of `"step"` or `"sparsity"`; what nobody said counts as 0."""
+def call_tensor(
+    name: str, call: CallMetadata, device: torch.device, table: WindowTable | None = None
+) -> Tensor:
+    """Return what a mechanism reads under a name; what nobody said of a call counts as 0.
+
+    Args:
+        name: "step", "sparsity" or "windows".
+        call: Step and sparsity.
+        device: Where the tensor lives.
+        table: The table of the mechanism's config.
+
+    Raises:
+        ConfigError: if windows are read and the config has no table.
+    """
     if name == "step":
         return index_tensor(call.step or 0, device)
-    return sparsity_tensor(call.sparsity or 0.0, device)
+    if name == "sparsity":
+        return sparsity_tensor(call.sparsity or 0.0, device)
+    if table is None:
+        raise ConfigError(
+            "a mechanism reads a table of windows that its config does not have",
+            got="config.table is None",
+            expected="a config whose property `table` is a WindowTable",
+            next_step="define the property, or leave 'windows' out of the runtime inputs",
+        )
+    return table_tensor(table, device)

@@ -24,6 +24,17 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_step_is_left_behind() -> Iterator[None]:
+    """`cs.step_callback` sets the step for good: no test sees another one's."""
+    from compiled_sparse.metadata import _NOTHING
+    from compiled_sparse.metadata import _current
+
+    token = _current.set(_NOTHING)
+    yield
+    _current.reset(token)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every fresh allocation with NaN, so that an element nobody wrote is seen."""

@@ -28,6 +28,7 @@ from torch import Tensor
 import compiled_sparse as cs
 from compiled_sparse import registry
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.errors import ConfigError
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.ops.checks import KERNEL_CAPABILITIES
@@ -198,6 +199,20 @@ def test_a_tensor_made_in_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         made = index_tensor(5, torch.device("cpu"))
     assert not made.is_inference()
+
+
+def test_reading_windows_without_a_table_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="reads a table of windows that its config does not have"):
+        call_tensor("windows", CallMetadata(), torch.device("cpu"))
+
+
+def test_eagerly_a_mechanism_reads_the_arguments_or_else_the_metadata(faint: type[Faint]) -> None:
+    x = torch.randn(1, 2, 60, 8)
+    plain = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    with cs.metadata(sparsity=0.5, step=3):
+        assert_close(cs.attention(x, x, x, faint(), grid_thw=GRID), plain / 2 + 3)
+        assert_close(cs.attention(x, x, x, faint(), grid_thw=GRID, step=7), plain / 2 + 7)
+    assert_close(cs.attention(x, x, x, faint(), grid_thw=GRID), plain)
 
 
 # Threads and pipelines.

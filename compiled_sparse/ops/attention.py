@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Literal
 from typing import overload
 
@@ -119,17 +118,20 @@ def attention(
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
-    runtime = [_runtime_tensor(name, step, layer, q.device) for name in call.runtime_inputs]
+    runtime = [_runtime_tensor(name, config, step, layer, q.device) for name in call.runtime_inputs]
     out, lse = call.op(q, k, v, key_mask, *call.arguments, *runtime, scale)
     return (out, lse) if return_lse else out
 
 
-def _runtime_tensor(name: str, step: int | None, layer: int | None, device: torch.device) -> Tensor:
-    """Return what a mechanism reads at run time; its table, if any, was read by `config.at`."""
+def _runtime_tensor(
+    name: str, config: MechanismConfig, step: int | None, layer: int | None, device: torch.device
+) -> Tensor:
+    """Return what a mechanism reads at run time; what is not given comes from `cs.metadata`."""
     if name == "layer":
         return index_tensor(layer or 0, device)
-    call = current_call()
-    return call_tensor(name, call if step is None else replace(call, step=step), device)
+    if name == "step" and step is not None:
+        return index_tensor(step, device)
+    return call_tensor(name, current_call(), device, config.table)
 
 
 def _resolve_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,7 +24,6 @@ from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import submodule_of
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.runtime import call_tensor
-from compiled_sparse.runtime import table_tensor
 from compiled_sparse.windows import WindowTable
 
 
@@ -44,9 +43,7 @@ class RuntimeInput:
 
     def tensor(self, call: CallMetadata) -> Tensor:
         """Return the tensor to pass in a call."""
-        if self.table is not None:
-            return table_tensor(self.table, self.device)
-        return call_tensor(self.name, call, self.device)
+        return call_tensor(self.name, call, self.device, self.table)
 
 
 class RuntimeInputs:

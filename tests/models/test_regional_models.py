@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import diffusers
 import harness
 import pytest
 import torch
@@ -174,3 +175,55 @@ def test_a_model_compiled_as_a_whole_uses_the_same_layers() -> None:
     compiled = torch.compile(case.model, backend=Counting(), fullgraph=True)
     with torch.no_grad():
         assert_close(harness.outputs(case, compiled), want.detach())
+
+
+def test_the_callback_leads_a_real_pipeline_through_the_table() -> None:
+    steps, grid = 3, (3, 4, 5)
+    plain, case = harness.build(BUILDERS["wan"]), harness.build(BUILDERS["wan"])
+    config = scheduled(2, steps)
+    cs.attach(case.model, config)
+    backend = Counting()
+    compile_blocks(case.model, backend)
+    seen = []
+    case.model.register_forward_hook(
+        lambda _module, _args, inputs, output: seen.append((inputs, output[0])), with_kwargs=True
+    )
+    for _ in range(2):
+        _wan_pipeline(case.model)(
+            prompt_embeds=torch.randn(1, 7, 16),
+            height=8 * 2 * grid[1],
+            width=8 * 2 * grid[2],
+            num_frames=4 * (grid[0] - 1) + 1,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+            callback_on_step_end=cs.step_callback(),
+        )
+    assert len(seen) == 2 * steps
+    assert backend.calls == 1
+    for call, (inputs, output) in enumerate(seen):
+        with torch.no_grad():
+            want = expected("wan", Case(plain.model, inputs), config, grid, (0, 1), call % steps)
+        assert_close(output.flatten(), want)
+
+
+def _wan_pipeline(transformer: nn.Module) -> Any:
+    """The pipeline with a tiny decoder, for prompts that are already encoded."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipeline = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
