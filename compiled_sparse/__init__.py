@@ -10,26 +10,38 @@ from __future__ import annotations
 from compiled_sparse import mechanisms as _mechanisms  # noqa: F401 - registers the built-in ones
 from compiled_sparse import ops
 from compiled_sparse import reference
+from compiled_sparse.attach import attach
+from compiled_sparse.attach import sparse
 from compiled_sparse.config import STA
+from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
+from compiled_sparse.force import force
+from compiled_sparse.force import forced
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import metadata
 from compiled_sparse.metadata import step_callback
 from compiled_sparse.ops import attention
 from compiled_sparse.policy import Policy
+from compiled_sparse.policy import quality
 from compiled_sparse.windows import WindowTable
 
 __all__ = [
     "STA",
+    "Auto",
     "Dense",
     "Policy",
     "Text",
     "WindowTable",
+    "attach",
     "attention",
     "explain",
+    "force",
+    "forced",
     "metadata",
     "ops",
+    "quality",
     "reference",
+    "sparse",
     "step_callback",
 ]

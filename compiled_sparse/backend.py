@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +19,25 @@ from torch import fx
 from torch._dynamo import lookup_backend
 
 from compiled_sparse.errors import StrictRewriteError
+from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.options import BackendOptions
 from compiled_sparse.options import parse_options
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
+from compiled_sparse.passes.markers import Markers
+from compiled_sparse.passes.runtime_inputs import RuntimeInput
+from compiled_sparse.policy import Policy
+from compiled_sparse.policy import StepSchedule
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
+from compiled_sparse.selector import PolicySources
+from compiled_sparse.selector import current_sources
+from compiled_sparse.selector import dense_schedules
 
 logger = logging.getLogger("compiled_sparse")
 
@@ -65,53 +76,113 @@ def compiled_sparse_backend(
     ).as_callable()
 
 
+@dataclass(frozen=True)
+class VariantKey:
+    """Everything a call may change that selects what is compiled.
+
+    Args:
+        layout: What `cs.metadata` says about the tokens.
+        forced: What `cs.force` says.
+        environment: What `COMPILED_SPARSE_BACKEND` says.
+        dense_schedules: The step schedules under which the call's step is dense.
+    """
+
+    layout: LayoutMetadata | None
+    forced: Policy | None
+    environment: Policy | None
+    dense_schedules: frozenset[StepSchedule]
+
+
 class _Dispatcher:
-    """The compiled variants of one graph, one per layout that `cs.metadata` named."""
+    """The compiled variants of one graph, one per `VariantKey` that was called for."""
 
     def __init__(
         self, graph_module: fx.GraphModule, example_inputs: list[Any], settings: BackendOptions
     ) -> None:
         self._pristine = graph_module
         self._settings = settings
+        self._modules = Markers(graph_module).policies
         self._lock = threading.RLock()
         self._has_attention = False
-        layout = current_layout()
-        rewritten = self._rewrite(layout)
-        self._first = _compile(rewritten, example_inputs, settings)
-        self._variants: dict[LayoutMetadata | None, Compiled] = {layout: self._first}
+        self._warned_of_steps = False
+        key = self._key()
+        rewritten, extra = self._rewrite(key)
+        appended = [each.tensor(current_call()) for each in extra]
+        compiled = _compile(rewritten, [*example_inputs, *appended], settings)
+        self._first = _with_inputs(compiled, extra)
+        self._variants: dict[VariantKey, Compiled] = {key: self._first}
 
     def as_callable(self) -> Compiled:
         if not self._has_attention:
             return self._first
-        variants, build = self._variants, self._build
+        variants, build, current_key = self._variants, self._build, self._key
 
         def run(*inputs: Any) -> Any:
-            layout = current_layout()
-            compiled = variants.get(layout)
+            key = current_key()
+            compiled = variants.get(key)
             if compiled is None:
-                compiled = build(layout)
+                compiled = build(key)
             return compiled(*inputs)
 
         return run
 
-    def _rewrite(self, layout: LayoutMetadata | None) -> fx.GraphModule:
-        rewritten = clone_dynamo_graph(self._pristine)
-        decisions = SparseAttentionPass(self._settings.policy, layout)(rewritten)
-        self._has_attention = bool(decisions)
-        _announce(decisions, self._settings)
-        return rewritten
+    def _key(self) -> VariantKey:
+        sources, call = current_sources(self._settings.policy), current_call()
+        dense = dense_schedules(sources, call, self._modules)
+        if not self._warned_of_steps:
+            policies = sources.effective(self._modules)
+            self._warned_of_steps = _warn_of_steps(policies, call)
+        return VariantKey(current_layout(), sources.forced, sources.environment, dense)
 
-    def _build(self, layout: LayoutMetadata | None) -> Compiled:
+    def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
+        rewritten = clone_dynamo_graph(self._pristine)
+        sources = PolicySources(self._settings.policy, key.forced, key.environment)
+        rewrite = SparseAttentionPass(sources, key.layout, dense_schedules=key.dense_schedules)
+        decisions = rewrite(rewritten)
+        self._has_attention = bool(decisions)
+        is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
+        _announce(decisions, self._settings.strict, is_automatic=is_automatic)
+        return rewritten, rewrite.runtime_inputs
+
+    def _build(self, key: VariantKey) -> Compiled:
         """Compile a further variant, outside Dynamo: a nested compile guards its own shapes."""
         with self._lock:
-            if layout not in self._variants:
+            if key not in self._variants:
                 settings = self._settings
 
                 def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
                     return _compile(graph, list(inputs), settings)
 
-                self._variants[layout] = torch.compile(self._rewrite(layout), backend=inner)
-            return self._variants[layout]
+                rewritten, extra = self._rewrite(key)
+                compiled = torch.compile(rewritten, backend=inner)
+                self._variants[key] = _with_inputs(compiled, extra)
+            return self._variants[key]
+
+
+def _with_inputs(compiled: Compiled, extra: tuple[RuntimeInput, ...]) -> Compiled:
+    """Pass the tensors of the present call behind a graph's own inputs."""
+    if not extra:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        call = current_call()
+        return compiled(*inputs, *(each.tensor(call) for each in extra))
+
+    return run
+
+
+def _warn_of_steps(policies: Iterable[Policy], call: CallMetadata) -> bool:
+    """Warn where a schedule asks for a step that nobody gave; return whether it did."""
+    schedules = [policy.steps for policy in policies if policy.steps is not None]
+    if all(schedule.is_decidable(call.step, call.num_steps) for schedule in schedules):
+        return False
+    logger.warning(
+        "the policy keeps some denoising steps dense, but %s is not known: an unknown step counts "
+        "as step 0 and never as one of the last. Use cs.step_callback() or cs.metadata(step=i, "
+        "num_steps=n).",
+        "the step" if call.step is None else "the number of steps",
+    )
+    return True
 
 
 def _compile(
@@ -125,7 +196,7 @@ def _compile(
     return compile_fx(graph_module, example_inputs, config_patches=dict(settings.inductor))  # type: ignore[return-value]
 
 
-def _announce(decisions: list[Decision], settings: BackendOptions) -> None:
+def _announce(decisions: list[Decision], strict: bool, *, is_automatic: bool) -> None:
     """Log what was done; warn, or raise when strict, about calls that should have been sparse."""
     report = Report(tuple(decisions))
     if not decisions:
@@ -135,12 +206,12 @@ def _announce(decisions: list[Decision], settings: BackendOptions) -> None:
     for decision in decisions:
         logger.debug("%s", decision)
     missed = [d for d in decisions if not d.is_sparse and d.reason not in EXPECTED_DENSE]
-    if not missed or settings.is_automatic:
+    if not missed or is_automatic:
         return
     first = missed[0]
     where = f"{first.path or 'an attention call'}: {first.reason}"
     detail = f" ({first.detail})" if first.detail else ""
-    if settings.strict:
+    if strict:
         raise StrictRewriteError(
             f"{len(missed)} attention calls the policy wants sparse stay dense",
             got=where + detail,

@@ -23,7 +23,8 @@ from compiled_sparse.layout import auto_tile
 from compiled_sparse.windows import Window
 from compiled_sparse.windows import WindowTable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # version 1 has no schedules and no numbers for Auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,11 @@ class MechanismConfig:
     def resolved(self, tile: tuple[int, ...]) -> MechanismConfig:
         """Return the config with its automatic parts filled in, as reports show it."""
         return self
+
+    @property
+    def table(self) -> WindowTable | None:
+        """The table of windows by step and layer, if there is one."""
+        return None
 
     def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
         """Return the config at a step in a layer; the same one unless it holds a schedule."""
@@ -337,13 +343,13 @@ def check_version(document: Mapping[str, Any]) -> None:
     """Check the `version` of a JSON document.
 
     Raises:
-        ConfigFormatError: if it is missing or not the one this release writes.
+        ConfigFormatError: if it is missing or not one this release can read.
     """
-    if document.get("version") != FORMAT_VERSION:
+    if document.get("version") not in _READABLE_VERSIONS:
         raise ConfigFormatError(
             "JSON document of another format version",
             got=f"version {document.get('version')!r}",
-            expected=f"version {FORMAT_VERSION}",
+            expected="version " + " or ".join(map(str, _READABLE_VERSIONS)),
             next_step="write the file again with to_json(), or use the release that wrote it",
         )
 

@@ -66,6 +66,10 @@ class BlockListError(CompiledSparseError, ValueError):
     """Block lists point outside the blocks that exist."""
 
 
+class AttachError(CompiledSparseError, ValueError):
+    """A model cannot be attached to as asked."""
+
+
 class MissingGridError(CompiledSparseError, ValueError):
     """A mechanism needs the token grid and was not given one."""
 

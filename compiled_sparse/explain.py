@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.markers import Markers
 from compiled_sparse.policy import PolicyLike
 from compiled_sparse.policy import as_policy
 from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
+from compiled_sparse.selector import current_sources
+from compiled_sparse.selector import dense_schedules
 
 # Each call has a backend of its own and would use up the model's recompile limit, shared with the
 # user's own torch.compile. Releases before torch 2.13 may not be able to keep them apart.
@@ -41,17 +45,25 @@ def explain(
         policy: As in `options={"policy": ...}`; None for automatic.
         **kwargs: Further example inputs.
 
+    `cs.force`, the environment and `cs.metadata` count as they do for the backend; without a step
+    from `cs.metadata` the report is about a step that the policy's schedule does not keep dense.
+
     Returns:
         One decision per attention call, and the number of graphs.
     """
-    resolved = as_policy(policy)
+    sources = current_sources(as_policy(policy))
+    step_is_known = current_call().step is not None
     decisions: list[Decision] = []
     num_graphs = 0
 
     def analyse(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal num_graphs
         num_graphs += 1
-        analysis = SparseAttentionPass(resolved, current_layout(), rewrite=False)
+        modules = Markers(graph).policies
+        dense = dense_schedules(sources, current_call(), modules) if step_is_known else frozenset()
+        analysis = SparseAttentionPass(
+            sources, current_layout(), dense_schedules=dense, rewrite=False
+        )
         decisions.extend(analysis(clone_dynamo_graph(graph)))
         outputs = _output_values(graph)
         return lambda *_: [_zeros(value) for value in outputs]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from compiled_sparse.config import Auto
 from compiled_sparse.errors import UnknownOptionError
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import as_policy
@@ -37,7 +36,7 @@ class BackendOptions:
     @property
     def is_automatic(self) -> bool:
         """Whether no mechanism was named at all."""
-        return all(isinstance(config, Auto) for _, config in self.policy.rules)
+        return self.policy.is_automatic
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> BackendOptions:

@@ -10,6 +10,14 @@ REASONS: dict[str, str] = {
     "not_video": "Self-attention over tokens that are not from the patch embedding, such as text. "
     "Nothing to do.",
     "policy_dense": "The policy says dense here, or has no rule for this module.",
+    "step_dense": "The policy keeps this denoising step dense. Nothing to do.",
+    "layer_dense": "The policy keeps this layer dense. Nothing to do.",
+    "layer_unknown": "The policy has dense layers or windows by layer, and this graph does not "
+    "show which layer it is. Use cs.attach.",
+    "layers_mismatch": "The table of windows is for another number of layers. Give it one row, or "
+    "one per video attention layer.",
+    "nested_graph": "A value that changes from call to call cannot be handed into the control flow "
+    "around this call. Use a config without a schedule here.",
     "no_gain": "Automatic mode predicts no speed-up on this grid. Name a mechanism to force it.",
     "too_short": "Automatic mode leaves short sequences dense. Name a mechanism to force it.",
     "layout_unknown": "The token grid is not proven. Pass cs.metadata(grid_thw=(T, H, W)).",
@@ -33,5 +41,14 @@ REASONS: dict[str, str] = {
     "multi_head_attention_forward). Left alone.",
 }
 
-EXPECTED_DENSE = frozenset({"cross_attention", "not_video", "policy_dense", "other_attention"})
+EXPECTED_DENSE = frozenset(
+    {
+        "cross_attention",
+        "not_video",
+        "policy_dense",
+        "step_dense",
+        "layer_dense",
+        "other_attention",
+    }
+)
 """Reasons that are no disappointment: a named mechanism was not meant for such calls."""

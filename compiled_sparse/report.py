@@ -23,6 +23,9 @@ class Decision:
         kind: "self", "cross", "joint" or "other".
         decision: "sparse" or "dense".
         mechanism: Spec string of the chosen config, empty for dense calls.
+        config_origin: Who asked for the config: "force", "environment", "module", "options" or
+            "auto"; empty where the layout was refused before anyone was asked.
+        schedule: The policy's schedule in words, empty if it has none.
         reason: Code from `compiled_sparse.reasons`, empty for sparse calls.
         detail: What was seen, in words.
         query_shape: [batch, heads, length, head_dim] at compile time.
@@ -31,7 +34,7 @@ class Decision:
         grid_thw: Token grid, where one is known.
         text_before: Text tokens in front of the video.
         text_after: Text tokens behind it.
-        layout_origin: "graph" or "metadata", where a layout is known.
+        layout_origin: "graph", "metadata" or "attach", where a layout is known.
         dynamic: Whether a size of the layout is symbolic; the numbers are then examples.
         density: Fraction of (query, key) pairs attended, counted; 1.0 for dense calls.
         predicted_gain: Predicted speed-up of this call over dense attention; 1.0 for dense calls.
@@ -41,6 +44,8 @@ class Decision:
     kind: str
     decision: str
     mechanism: str = ""
+    config_origin: str = ""
+    schedule: str = ""
     reason: str = ""
     detail: str = ""
     query_shape: tuple[int, ...] = ()
@@ -99,6 +104,17 @@ class Report:
         """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def notes(self) -> list[str]:
+        """Return one line per schedule, and one per origin that overrides the options."""
+        schedules = _counts(site.schedule for site in self.sites if site.schedule)
+        origins = _counts(
+            site.config_origin for site in self.sites if site.config_origin in _OVERRIDES
+        )
+        return [
+            *(f"schedule of {count} calls: {text}" for text, count in schedules.items()),
+            *(f"policy of {count} calls: {_OVERRIDES[name]}" for name, count in origins.items()),
+        ]
+
     def rows(self) -> list[dict[str, str]]:
         """Return one mapping from column title to text per group of like calls.
 
@@ -118,6 +134,7 @@ class Report:
             widths = {t: max(len(t), *(len(row[t]) for row in rows)) for t in titles}
             lines.append("  ".join(title.ljust(widths[title]) for title in titles).rstrip())
             lines += ["  ".join(row[t].ljust(widths[t]) for t in titles).rstrip() for row in rows]
+        lines += self.notes()
         seen = _counts(site.reason for site in self.sites if site.reason)
         lines += [f"{reason}: {REASONS[reason]}" for reason in seen]
         return "\n".join(lines)
@@ -139,10 +156,16 @@ class Report:
         for row in rows:
             rest = {k: v for k, v in row.items() if k not in _TABLE_TITLES and v not in ("", "-")}
             yield Line(f"{row['site']}: " + ", ".join(f"{k} {v}" for k, v in rest.items()))
+        yield from map(Line, self.notes())
         for reason in _counts(site.reason for site in self.sites if site.reason):
             yield Line.assemble((reason, "bold"), f": {REASONS[reason]}")
 
 
+_OVERRIDES = {
+    "force": "from cs.force",
+    "environment": "from COMPILED_SPARSE_BACKEND",
+    "module": "from the module itself",
+}
 _TABLE_TITLES = ("site", "kind", "q/k length", "decision", "density", "gain")
 
 
@@ -160,6 +183,7 @@ def _template(path: str) -> str:
 def _cells(site: Decision) -> dict[str, str]:
     grid = "x".join(map(str, site.grid_thw)) if site.grid_thw else "-"
     text = f"{site.text_before}+{site.text_after}" if site.text_before + site.text_after else "-"
+    why = site.reason or site.detail
     lengths = f"{_length(site.query_shape)}/{_length(site.key_shape)}"
     return {
         "kind": site.kind,
@@ -171,7 +195,7 @@ def _cells(site: Decision) -> dict[str, str]:
         "mechanism": site.mechanism or "-",
         "density": f"{site.density:.3f}",
         "gain": f"{site.predicted_gain:.1f}x" if site.is_sparse else "-",
-        "reason": site.reason + (f" ({site.detail})" if site.detail else ""),
+        "reason": f"{site.reason} ({site.detail})" if site.reason and site.detail else why,
     }
 
 

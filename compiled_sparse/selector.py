@@ -5,31 +5,50 @@ Pure functions of plain facts; the same ones serve the pass and the reports.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 
 from compiled_sparse import registry
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.environment import mechanism_from_name
+from compiled_sparse.environment import policy_from_environment
+from compiled_sparse.environment import policy_from_environment as mechanism_from_environment
+from compiled_sparse.force import forced
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import auto_tile
+from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.ops.checks import KERNEL_CAPABILITIES
 from compiled_sparse.policy import Policy
+from compiled_sparse.policy import StepSchedule
+from compiled_sparse.policy import as_policy
 from compiled_sparse.registry import KERNEL_EFFICIENCY
 from compiled_sparse.registry import Capabilities
 from compiled_sparse.registry import Chosen
 from compiled_sparse.registry import Refused
 
 __all__ = [
+    "AUTOMATIC",
     "AUTO_MIN_GAIN",
     "AUTO_MIN_TOKENS",
     "KERNEL_EFFICIENCY",
     "Chosen",
+    "PolicySources",
     "Refused",
+    "Requested",
+    "SiteFacts",
     "capabilities_of",
     "choose",
+    "current_sources",
+    "dense_schedules",
+    "mechanism_from_environment",
+    "mechanism_from_name",
     "needs_static_grid",
     "requested",
+    "scheduled_dense",
     "tensors_supported",
 ]
 
@@ -37,10 +56,144 @@ AUTO_MIN_TOKENS = Auto().min_tokens
 AUTO_MIN_GAIN = Auto().min_gain
 
 
-def requested(policy: Policy, path: str) -> MechanismConfig:
-    """Return what the policy asks for at a module path; no rule means dense."""
-    matched = policy.match(path)
-    return Dense() if matched is None else matched[1]
+AUTOMATIC = as_policy(None)
+
+
+@dataclass(frozen=True)
+class PolicySources:
+    """Everything that may name a policy, apart from the modules' own word.
+
+    Args:
+        options: `options["policy"]`.
+        forced: What `cs.force` says.
+        environment: What `COMPILED_SPARSE_BACKEND` says.
+    """
+
+    options: Policy = AUTOMATIC
+    forced: Policy | None = None
+    environment: Policy | None = None
+
+    @property
+    def override(self) -> Policy | None:
+        """What outranks every module's own word, if anything does."""
+        return self.environment if self.forced is None else self.forced
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether nobody named a mechanism: a call left dense is then no disappointment."""
+        return all(policy.is_automatic for policy in self.effective())
+
+    def effective(self, modules: Iterable[Policy] = ()) -> tuple[Policy, ...]:
+        """Return the policies that have a say, given the modules' own ones."""
+        return (*modules, self.options) if self.override is None else (self.override,)
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a policy is asked about.
+
+    Args:
+        path: Dotted module path.
+        kind: "self" or "joint"; empty where not known.
+        module: The module's own opt-in.
+        layer: Index among the video attention layers of the model; None where not known.
+        num_layers: How many such layers the model has.
+    """
+
+    path: str
+    kind: str = ""
+    module: Policy | None = None
+    layer: int | None = None
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Requested:
+    """What a site is asked to become.
+
+    Args:
+        config: The config.
+        origin: "force", "environment", "module", "options" or "auto".
+        policy: The policy that said so; its schedule holds for the site.
+    """
+
+    config: MechanismConfig
+    origin: str
+    policy: Policy
+
+
+def current_sources(options: Policy = AUTOMATIC) -> PolicySources:
+    """Return what holds for a call made now: `cs.force` and the environment beside the options.
+
+    Raises:
+        UnknownMechanismError: if the environment names no mechanism.
+    """
+    inside = forced()
+    environment = policy_from_environment() if inside is None else None
+    return PolicySources(options, inside, environment)
+
+
+def requested(sources: PolicySources | Policy, site: SiteFacts | str) -> Requested:
+    """Return what is asked for at a site: force > environment > module > options > auto.
+
+    Args:
+        sources: Who may say something; a policy alone stands for the options.
+        site: The site, or its module path. No matching rule means dense.
+    """
+    sources = PolicySources(sources) if isinstance(sources, Policy) else sources
+    site = SiteFacts(site) if isinstance(site, str) else site
+    origin, policy = next(
+        (origin, policy)
+        for origin, policy in (
+            ("force", sources.forced),
+            ("environment", sources.environment),
+            ("module", site.module),
+            ("auto" if sources.options == AUTOMATIC else "options", sources.options),
+        )
+        if policy is not None
+    )
+    matched = policy.match(site.path, site.kind)
+    return Requested(Dense() if matched is None else matched[1], origin, policy)
+
+
+def dense_schedules(
+    sources: PolicySources, call: CallMetadata, modules: Iterable[Policy] = ()
+) -> frozenset[StepSchedule]:
+    """Return the step schedules under which a call is dense: what a compiled variant depends on.
+
+    Args:
+        sources: Who may say something.
+        call: Step and number of steps.
+        modules: The modules' own policies.
+    """
+    return frozenset(
+        policy.steps
+        for policy in sources.effective(modules)
+        if policy.steps is not None and policy.steps.is_dense(call.step, call.num_steps)
+    )
+
+
+def scheduled_dense(
+    wanted: Requested, site: SiteFacts, dense_schedules: frozenset[StepSchedule] = frozenset()
+) -> Refused | None:
+    """Return why the schedule keeps a site dense, if it does.
+
+    Args:
+        wanted: What the site is asked to become.
+        site: The site, with its layer index where that is known.
+        dense_schedules: The step schedules under which the present step is dense.
+    """
+    policy, layer, total = wanted.policy, site.layer, site.num_layers
+    if policy.has_dense_layers:
+        if layer is None or (policy.dense_last_layers and total is None):
+            return Refused("layer_unknown", "the graph is a part of the model")
+        first_of_last = None if total is None else total - policy.dense_last_layers
+        is_last = first_of_last is not None and layer >= first_of_last
+        if layer < policy.dense_first_layers or is_last:
+            return Refused("layer_dense", f"layer {layer}")
+    if policy.steps in dense_schedules:
+        return Refused("step_dense")
+    return None
 
 
 def capabilities_of(config: MechanismConfig) -> Capabilities:

@@ -49,7 +49,7 @@ def test_configs_without_fields_survive_both_round_trips(config: MechanismConfig
 
 def test_the_json_document_names_version_and_mechanism() -> None:
     assert json.loads(cs.STA().to_json()) == {
-        "version": 1,
+        "version": 2,
         "mechanism": "sta",
         "window_thw": [3, 3, 3],
         "tile_thw": [6, 8, 8],
@@ -166,7 +166,7 @@ def test_a_spec_value_out_of_range_is_refused(value: str) -> None:
         parse_spec(f"sta:window_thw={value}")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_format_version_is_refused(version: object) -> None:
     document = {**cs.STA().to_dict(), "version": version}
     with pytest.raises(ConfigFormatError, match="another format version"):

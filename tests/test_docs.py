@@ -147,3 +147,13 @@ def test_the_compiled_example_agrees_with_the_reference(fresh_compiler: None) ->
 @pytest.mark.slow
 def test_the_compiled_example_runs_with_inductor(fresh_compiler: None) -> None:
     assert runpy.run_path(str(ROOT / "examples" / "wan_compiled.py"))["main"]() < 1e-5
+
+
+def test_the_schedule_example_starts_at_dense_attention(
+    fresh_compiler: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "regional_schedule.py"))["main"]
+    assert main(inner="eager") < 1e-5
+    printed = capsys.readouterr().out
+    far = [float(error) for error in re.findall(r"step [12]: (\S+) from dense", printed)]
+    assert min(far) > 1e-3

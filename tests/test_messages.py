@@ -21,13 +21,15 @@ from compiled_sparse import registry
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
+from compiled_sparse.environment import _parse
+from compiled_sparse.environment import mechanism_from_name
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.mechanisms import sta
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
 
-MODULES = ("config", "policy", "metadata", "layout", "options", "registry")
+MODULES = ("config", "environment", "policy", "metadata", "layout", "options", "registry")
 
 STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
 
@@ -277,6 +279,54 @@ CASES = {
         "called like the entry point",
         "uninstall the package",
         lambda: registry._load(STRAY),
+    ),
+    "kind of a glob": Case(
+        errors.ConfigError,
+        "prefixed by something that is no kind of call",
+        "'cross:*'",
+        "self:, joint:",
+        '"joint:*"',
+        lambda: cs.Policy({"cross:*": "sta"}),
+    ),
+    "count of steps": Case(
+        errors.ConfigError,
+        "Policy.dense_first_steps is not a count",
+        "-1",
+        "an integer of at least 0",
+        "dense_first_steps=0",
+        lambda: cs.Policy({"*": "sta"}, dense_first_steps=-1),
+    ),
+    "field of a policy": Case(
+        errors.ConfigFormatError,
+        "unknown field of a policy",
+        "dense_steps",
+        "rules, dense_first_steps",
+        "correct the field name",
+        lambda: cs.Policy.from_json('{"version": 2, "policy": {"rules": {}, "dense_steps": 1}}'),
+    ),
+    "quality level": Case(
+        errors.ConfigError,
+        "unknown quality level",
+        "'best'",
+        "exact, careful, balanced, fast",
+        '"balanced"',
+        lambda: cs.quality("best"),
+    ),
+    "mechanism of another release": Case(
+        errors.UnknownMechanismError,
+        "this release does not have the mechanism",
+        "'vsa' here",
+        "dense, sta",
+        "install a package that provides it",
+        lambda: mechanism_from_name("VIDEO_SPARSE_ATTN"),
+    ),
+    "environment": Case(
+        errors.UnknownMechanismError,
+        "COMPILED_SPARSE_BACKEND is set to something unknown",
+        "'stta'",
+        "SLIDING_TILE_ATTN",
+        "unset it",
+        lambda: _parse("stta"),
     ),
     "windows per head": Case(
         errors.ConfigError,

@@ -13,6 +13,7 @@ from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ConfigFormatError
 from compiled_sparse.errors import UnknownMechanismError
 from compiled_sparse.policy import as_policy
+from compiled_sparse.quality import LEVELS
 
 RULES = {"blocks.0.*": cs.Dense(), "blocks.*.attn1": cs.STA(), "*": "sta:tile_thw=auto"}
 
@@ -118,4 +119,97 @@ def test_a_document_without_rules_is_refused(document: dict) -> None:
 
 def test_a_policy_of_another_version_is_refused() -> None:
     with pytest.raises(ConfigFormatError, match="another format version"):
-        cs.Policy.from_json('{"version": 2, "policy": {"rules": {}}}')
+        cs.Policy.from_json('{"version": 3, "policy": {"rules": {}}}')
+
+
+# Kinds of calls
+
+
+def test_a_glob_may_ask_for_a_kind_of_call() -> None:
+    wide = cs.STA(window_thw=(5, 5, 5))
+    policy = cs.Policy({"self:blocks.*": "sta", "joint:*": wide, "*": "dense"})
+    assert policy.match("blocks.1", "self") == ("self:blocks.*", cs.STA())
+    assert policy.match("blocks.1", "joint") == ("joint:*", wide)
+    assert policy.match("head", "self") == ("*", cs.Dense())
+    assert policy.match("blocks.1") == ("*", cs.Dense())
+
+
+@pytest.mark.parametrize("glob", ["cross:*", "video:blocks.*", ":*"])
+def test_a_prefix_that_is_no_kind_is_refused(glob: str) -> None:
+    with pytest.raises(ConfigError, match="prefixed by something that is no kind"):
+        cs.Policy({glob: "sta"})
+
+
+# Schedules
+
+
+SCHEDULED = cs.Policy(RULES, 12, 2, dense_first_layers=2, dense_last_layers=1)
+
+
+def test_a_schedule_survives_json() -> None:
+    assert cs.Policy.from_json(SCHEDULED.to_json()) == SCHEDULED
+    assert cs.Policy(RULES) != SCHEDULED
+    document = json.loads(SCHEDULED.to_json())
+    assert document["version"] == 2
+    assert document["policy"]["dense_first_steps"] == 12
+
+
+def test_documents_of_the_first_format_still_load() -> None:
+    rule = {"version": 1, "mechanism": "sta", "window_thw": [3, 3, 3], "tile_thw": [6, 8, 8]}
+    automatic = {"version": 1, "mechanism": "auto"}
+    document = {"version": 1, "policy": {"rules": {"blocks.*": rule, "*": automatic}}}
+    loaded = cs.Policy.from_json(json.dumps(document))
+    assert loaded == cs.Policy({"blocks.*": cs.STA(), "*": Auto()})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        ({}, ""),
+        ({"dense_first_steps": 12, "dense_first_layers": 2}, "dense at steps 0-11, layers 0-1"),
+        ({"dense_first_steps": 1, "dense_last_steps": 1}, "dense at step 0, the last step"),
+        ({"dense_last_layers": 3}, "dense at the last 3 layers"),
+    ],
+)
+def test_a_schedule_reads_well(schedule: dict[str, int], text: str) -> None:
+    assert cs.Policy({"*": "sta"}, **schedule).describe_schedule() == text
+
+
+@pytest.mark.parametrize(
+    ("step", "num_steps", "dense"),
+    [
+        (0, 10, True),
+        (2, 10, True),
+        (3, 10, False),
+        (7, 10, False),
+        (8, 10, True),
+        (9, None, False),
+        (None, 10, True),
+        (None, None, True),
+    ],
+)
+def test_steps_at_both_ends_are_dense(step: int | None, num_steps: int | None, dense: bool) -> None:
+    schedule = cs.Policy({"*": "sta"}, 3, 2).steps
+    assert schedule is not None
+    assert schedule.is_dense(step, num_steps) is dense
+
+
+def test_a_policy_without_dense_steps_has_no_schedule() -> None:
+    assert cs.Policy({"*": "sta"}, dense_first_layers=1).steps is None
+
+
+# Quality levels
+
+
+def test_quality_levels_are_policies_under_a_name() -> None:
+    assert as_policy("careful") == cs.quality(" Careful ")
+    assert cs.quality("careful") == cs.Policy(
+        {"*": cs.Auto(window_fraction=0.8, min_gain=1.1)},
+        dense_first_steps=12,
+        dense_first_layers=2,
+    )
+    assert cs.quality("balanced") == cs.Policy(
+        {"*": cs.Auto(window_fraction=0.6)}, dense_first_steps=8
+    )
+    assert cs.quality("fast") == cs.Policy({"*": cs.Auto(window_fraction=0.4)}, dense_first_steps=4)
+    assert all(cs.quality(name).is_automatic for name in LEVELS)

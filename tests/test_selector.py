@@ -15,7 +15,9 @@ from compiled_sparse.pattern import sta_density
 from compiled_sparse.reasons import REASONS
 from compiled_sparse.selector import AUTO_MIN_GAIN
 from compiled_sparse.selector import Chosen
+from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import Refused
+from compiled_sparse.selector import SiteFacts
 from compiled_sparse.selector import choose
 from compiled_sparse.selector import needs_static_grid
 from compiled_sparse.selector import requested
@@ -26,8 +28,49 @@ WAN = (21, 30, 52)
 
 def test_the_policy_is_asked_by_path_and_its_silence_means_dense() -> None:
     policy = cs.Policy({"blocks.*": cs.STA()})
-    assert requested(policy, "blocks.3.attn1") == cs.STA()
-    assert requested(policy, "head") == cs.Dense()
+    assert requested(policy, "blocks.3.attn1").config == cs.STA()
+    assert requested(policy, "head").config == cs.Dense()
+
+
+def test_force_outranks_environment_outranks_module_outranks_options_outranks_auto() -> None:
+    named = {n: cs.Policy({"*": cs.STA(window_thw=(n, 1, 1))}) for n in (1, 3, 5, 7)}
+    site = SiteFacts("blocks.0", module=named[3])
+    ranked = [
+        ("force", 7, PolicySources(named[1], forced=named[7], environment=named[5]), site),
+        ("environment", 5, PolicySources(named[1], environment=named[5]), site),
+        ("module", 3, PolicySources(named[1]), site),
+        ("options", 1, PolicySources(named[1]), SiteFacts("blocks.0")),
+    ]
+    for origin, window, sources, facts in ranked:
+        wanted = requested(sources, facts)
+        assert (wanted.origin, wanted.policy) == (origin, named[window])
+        assert wanted.config == cs.STA(window_thw=(window, 1, 1))
+    assert requested(PolicySources(), SiteFacts("blocks.0")).origin == "auto"
+
+
+def test_a_policy_that_outranks_others_and_has_no_rule_still_decides() -> None:
+    sources = PolicySources(cs.Policy({"*": "sta"}), forced=cs.Policy({"head": "sta"}))
+    wanted = requested(sources, SiteFacts("blocks.0"))
+    assert (wanted.config, wanted.origin) == (cs.Dense(), "force")
+
+
+@pytest.mark.parametrize("tiles", range(1, 12))
+def test_the_exact_level_lists_every_block(tiles: int) -> None:
+    (_, auto), *_ = cs.quality("exact").rules
+    chosen = choose(auto, (tiles, 8 * tiles, 8), 3, 4, 2)
+    assert isinstance(chosen, Chosen)
+    assert chosen.density == 1.0
+
+
+@pytest.mark.parametrize(("grid", "distinct"), [(WAN, 3), ((41, 90, 160), 4)], ids=str)
+def test_the_levels_are_ever_sparser(grid: tuple[int, ...], distinct: int) -> None:
+    densities = []
+    for level in ("exact", "careful", "balanced", "fast"):
+        chosen = choose(cs.quality(level).rules[0][1], grid, 0, 0, 12)
+        assert isinstance(chosen, Chosen)
+        densities.append(chosen.density)
+    assert densities == sorted(densities, reverse=True)
+    assert len(set(densities)) == distinct  # few tiles leave few windows to choose from
 
 
 def test_a_named_mechanism_is_honoured_at_any_size() -> None:

@@ -122,11 +122,14 @@ _NOT_FOR_LEAVES = ("ops", "kernels", "reference", *_ABOVE_OPS)
 # CONTRIBUTING.md is the same table in words.
 BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "config": _NOT_FOR_LEAVES,
+    "environment": _NOT_FOR_LEAVES,
     "errors": _NOT_FOR_LEAVES,
+    "force": _NOT_FOR_LEAVES,
     "layout": _NOT_FOR_LEAVES,
     "metadata": _NOT_FOR_LEAVES,
     "pattern": _NOT_FOR_LEAVES,
     "policy": _NOT_FOR_LEAVES,
+    "quality": _NOT_FOR_LEAVES,
     "windows": _NOT_FOR_LEAVES,
     "registry": _NOT_FOR_LEAVES,
     "reference": ("ops", "kernels", *_ABOVE_OPS),

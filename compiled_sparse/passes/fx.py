@@ -77,7 +77,8 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     while match := _GETATTR.fullmatch(path):
         path = f"{match[1]}.{match[2]}"
-    path = _MODULES.sub("", _SELF.sub("", path))
+    # The second call of an attached module is seen through the method that was put on it.
+    path = _MODULES.sub("", _SELF.sub("", path)).replace(".forward.__self__", "")
     return _KEY.sub(r".\1", path).strip(".")
 
 
@@ -97,6 +98,11 @@ def nested_graphs(owner: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModu
         submodule = submodule_of(node, owner)
         if submodule is not None:
             yield node, submodule
+
+
+def all_nested(owner: fx.GraphModule) -> list[fx.GraphModule]:
+    """Return the graph modules nested in one, at any depth."""
+    return [each for _, inner in nested_graphs(owner) for each in (inner, *all_nested(inner))]
 
 
 def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
@@ -119,7 +125,7 @@ def clone_dynamo_graph(owner: fx.GraphModule) -> fx.GraphModule:
             copies[node]._dynamo_source = node._dynamo_source
     clone = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
     clone.meta = dict(owner.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
         if hasattr(owner, name):
             setattr(clone, name, getattr(owner, name))
     for node, submodule in nested_graphs(owner):

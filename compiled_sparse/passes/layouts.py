@@ -100,7 +100,10 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
 
 def _advice(site: Site, given: LayoutMetadata | None) -> str:
     if given is None:
-        return "the graph does not show the grid; pass cs.metadata(grid_thw=(T, H, W))"
+        return (
+            "the graph does not show the grid; pass cs.metadata(grid_thw=(T, H, W)) "
+            "or call cs.attach(model)"
+        )
     length = hint(site.tensor("query").shape[-2])
     problem = f"cs.metadata describes {given.num_tokens} tokens, this call has {length}"
     if given.text is None and length > given.num_tokens:

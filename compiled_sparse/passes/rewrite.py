@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
@@ -24,21 +27,31 @@ from compiled_sparse.passes.layouts import find_layout
 from compiled_sparse.passes.layouts import is_static
 from compiled_sparse.passes.layouts import layout_arguments
 from compiled_sparse.passes.layouts import specialized
+from compiled_sparse.passes.markers import Marker
+from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.masks import is_key_padding
 from compiled_sparse.passes.masks import key_mask_node
+from compiled_sparse.passes.runtime_arguments import RuntimeArguments
+from compiled_sparse.passes.runtime_inputs import RuntimeInput
+from compiled_sparse.passes.runtime_inputs import RuntimeInputs
 from compiled_sparse.passes.sites import OtherAttention
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.policy import Policy
+from compiled_sparse.policy import StepSchedule
 from compiled_sparse.registry import Capabilities
 from compiled_sparse.registry import Chosen
 from compiled_sparse.registry import Refused
 from compiled_sparse.registry import mechanism_of
 from compiled_sparse.report import Decision
+from compiled_sparse.selector import PolicySources
+from compiled_sparse.selector import Requested
+from compiled_sparse.selector import SiteFacts
 from compiled_sparse.selector import capabilities_of
 from compiled_sparse.selector import choose
 from compiled_sparse.selector import needs_static_grid
 from compiled_sparse.selector import requested
+from compiled_sparse.selector import scheduled_dense
 from compiled_sparse.selector import tensors_supported
 
 _COPIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
@@ -48,17 +61,25 @@ class SparseAttentionPass:
     """Rewrite `scaled_dot_product_attention` calls into sparse ops, in place.
 
     Args:
-        policy: Which mechanism for which call.
+        policy: Which mechanism for which call, or all the sources that have a say.
         layout: What `cs.metadata` says about the tokens, if anything.
+        dense_schedules: The step schedules under which the present step is dense.
         rewrite: False only decides and reports.
     """
 
     def __init__(
-        self, policy: Policy, layout: LayoutMetadata | None = None, *, rewrite: bool = True
+        self,
+        policy: Policy | PolicySources,
+        layout: LayoutMetadata | None = None,
+        *,
+        dense_schedules: frozenset[StepSchedule] = frozenset(),
+        rewrite: bool = True,
     ) -> None:
-        self.policy = policy
+        self.sources = PolicySources(policy) if isinstance(policy, Policy) else policy
         self.layout = layout
+        self.dense_schedules = dense_schedules
         self.rewrite = rewrite
+        self.runtime_inputs: tuple[RuntimeInput, ...] = ()
 
     def __call__(self, owner: fx.GraphModule) -> list[Decision]:
         """Process a graph and the graphs nested in it.
@@ -67,15 +88,21 @@ class SparseAttentionPass:
             owner: A graph module this pass may edit.
 
         Returns:
-            One decision per attention call, in execution order.
+            One decision per attention call, in execution order. Afterwards `runtime_inputs` says
+            which tensors must be passed behind the graph's own inputs.
         """
+        markers, runtime = Markers(owner), RuntimeInputs(owner)
+        edited = markers.erase()
         sites, others = find_sites(owner)
-        decisions = [self._process(site) for site in sites]
+        cases = self._cases(sites, markers, ends_here=not _has_graph_break(owner))
+        decisions = [self._process(case, runtime) for case in cases]
         decisions += [_other_decision(other) for other in others]
         if self.rewrite:
-            for module in {id(site.owner): site.owner for site in sites}.values():
-                module.graph.lint()
-                module.recompile()
+            edited += [*(site.owner for site in sites), *runtime.edited]
+        for module in {id(module): module for module in edited}.values():
+            module.graph.lint()
+            module.recompile()
+        self.runtime_inputs = runtime.inputs
         return decisions
 
     def uuid(self) -> str:
@@ -83,39 +110,131 @@ class SparseAttentionPass:
         digest = hashlib.sha256()
         for source in sorted(Path(__file__).parent.glob("*.py")):
             digest.update(source.read_bytes())
-        digest.update(repr((self.policy, self.layout, self.rewrite)).encode())
+        schedules = sorted(map(repr, self.dense_schedules))
+        digest.update(repr((self.sources, self.layout, schedules, self.rewrite)).encode())
         return digest.hexdigest()
 
-    def _process(self, site: Site) -> Decision:
-        config = requested(self.policy, site.path)
-        outcome = _prove(site, config, self.layout)
-        if isinstance(outcome, Refused | Refusal):
-            return _dense_decision(site, outcome)
+    def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
+        layouts = [_layout_of(site, self.layout, markers.grid) for site in sites]
+        speaking = [markers.covering(site.node, site.path) for site in sites]
+        facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
+        return list(map(_Case, sites, layouts, facts, speaking))
+
+    def _process(self, case: _Case, runtime: RuntimeInputs) -> Decision:
+        site, layout, facts = case.site, case.layout, case.facts
+        if not isinstance(layout, SiteLayout):
+            return _dense_decision(site, facts, layout)
+        wanted = requested(self.sources, facts)
+        outcome = _prove(site, wanted.config, layout)
+        dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
+        if isinstance(outcome, Refused):
+            return _dense_decision(site, facts, outcome, wanted)
+        if dense is not None:
+            return _dense_decision(site, facts, dense, wanted)
         layout, chosen = outcome
+        arguments = RuntimeArguments(runtime, site, facts, case.marker)
+        refused = arguments.refusal(_runtime_names(layout, chosen), chosen.config)
+        if refused is not None:
+            return _dense_decision(site, facts, refused, wanted)
         if self.rewrite:
-            _replace(site, layout, chosen)
-        return _sparse_decision(site, layout, chosen)
+            _replace(site, layout, chosen, arguments)
+        return _sparse_decision(site, facts, layout, chosen, wanted)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An attention call with all that bears on it."""
+
+    site: Site
+    layout: SiteLayout | Refused | Refusal
+    facts: SiteFacts
+    marker: Marker | None
+
+    def facts_for(self, wanted: Requested) -> SiteFacts:
+        """A numbered module's own policy says of its layer alone whether it is dense."""
+        if wanted.origin != "module" or self.marker is None or self.marker.layer is None:
+            return self.facts
+        return replace(self.facts, layer=0, num_layers=1)
+
+
+def _layout_of(
+    site: Site, given: LayoutMetadata | None, said: tuple[Any, ...] | None
+) -> SiteLayout | Refused | Refusal:
+    """Prove a layout: by `cs.metadata` or the graph, else by the grid an attached model named."""
+    if not isinstance(site.tensor("query"), FakeTensor):
+        return Refused("rank_unsupported", "inside a function transform such as vmap")
+    if site.tensor("query").dim() != 4:
+        return Refused("rank_unsupported", f"{site.tensor('query').dim()} dimensions")
+    layout = find_layout(site, given)
+    if given is None and said is not None and _is_unknown(layout):
+        named = LayoutMetadata(tuple(int(axis) for axis in said))
+        return _as_attached(find_layout(site, named))
+    return layout
+
+
+def _is_unknown(layout: SiteLayout | Refusal) -> bool:
+    return isinstance(layout, Refusal) and layout.reason == "layout_unknown"
+
+
+def _as_attached(layout: SiteLayout | Refusal) -> SiteLayout | Refusal:
+    return replace(layout, origin="attach") if isinstance(layout, SiteLayout) else layout
+
+
+def _runtime_names(layout: SiteLayout, chosen: Chosen) -> tuple[str, ...]:
+    mechanism = mechanism_of(chosen.config)
+    assert mechanism is not None
+    sizes = (list(layout.grid_hint), hint(layout.text_before), hint(layout.text_after))
+    return mechanism.lower(chosen.config, chosen.tile, *sizes).runtime_inputs
+
+
+def _has_graph_break(owner: fx.GraphModule) -> bool:
+    """Whether the model goes on in another graph; Dynamo leaves the reason on its graphs."""
+    reason = getattr(owner, "compile_subgraph_reason", None)
+    return reason is not None and bool(reason.graph_break)
+
+
+def _site_facts(
+    sites: list[Site],
+    layouts: list[SiteLayout | Refused | Refusal],
+    markers: list[Marker | None],
+    *,
+    ends_here: bool,
+) -> list[SiteFacts]:
+    """Number the proven video sites; a graph without the patch embedding may start anywhere."""
+    proven = [isinstance(layout, SiteLayout) for layout in layouts]
+    facts = []
+    for index, (site, layout, marker) in enumerate(zip(sites, layouts, markers, strict=True)):
+        is_numbered = proven[index] and site.graph_has_video
+        facts.append(
+            SiteFacts(
+                site.path,
+                _kind(layout),
+                None if marker is None else marker.policy,
+                layer=sum(proven[:index]) if is_numbered else None,
+                num_layers=sum(proven) if is_numbered and ends_here else None,
+            )
+        )
+    return facts
+
+
+def _kind(layout: SiteLayout | Refused | Refusal) -> str:
+    if isinstance(layout, SiteLayout):
+        return "joint" if hint(layout.text_before) + hint(layout.text_after) else "self"
+    return "cross" if layout.reason == "cross_attention" else "self"
 
 
 def _prove(
-    site: Site, config: MechanismConfig, given: LayoutMetadata | None
-) -> tuple[SiteLayout, Chosen] | Refused | Refusal:
+    site: Site, config: MechanismConfig, layout: SiteLayout
+) -> tuple[SiteLayout, Chosen] | Refused:
     """Default deny: every condition must hold, the first that does not is the reason."""
-    if not isinstance(site.tensor("query"), FakeTensor):
-        return Refused("rank_unsupported", "inside a function transform such as vmap")
+    if isinstance(config, Dense):
+        return Refused("policy_dense")
     capabilities = capabilities_of(config)
     refused = (
         _call_supported(site, capabilities)
         or tensors_supported(site.tensor("query"), site.tensor("value"), capabilities)
         or _broadcasts(site)
     )
-    if refused is not None and refused.reason == "rank_unsupported":
-        return refused
-    layout = find_layout(site, given)
-    if isinstance(layout, Refusal):
-        return layout
-    if isinstance(config, Dense):
-        return Refused("policy_dense")
     if refused is not None:
         return refused
     if needs_static_grid(config):
@@ -156,7 +275,7 @@ def _broadcasts(site: Site) -> Refused | None:
     return None if fits else Refused("broadcast_unsupported", f"batch and heads {shapes}")
 
 
-def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
+def _replace(site: Site, layout: SiteLayout, chosen: Chosen, arguments: RuntimeArguments) -> None:
     graph = site.node.graph
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
     key_mask = key_mask_node(site)
@@ -164,9 +283,9 @@ def _replace(site: Site, layout: SiteLayout, chosen: Chosen) -> None:
     assert mechanism is not None
     with graph.inserting_before(site.node):
         call = mechanism.lower(chosen.config, chosen.tile, *layout_arguments(site, layout))
-        op = graph.call_function(
-            call.op, (query, key, value, key_mask, *call.arguments, site.arguments["scale"])
-        )
+        runtime = arguments.nodes(call.runtime_inputs, chosen.config)
+        inputs = (query, key, value, key_mask, *call.arguments, *runtime)
+        op = graph.call_function(call.op, (*inputs, site.arguments["scale"]))
         out = graph.call_function(operator.getitem, (op, 0))
     _describe(site, op, out)
     site.node.replace_all_uses_with(out)
@@ -178,7 +297,8 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
     query = site.tensor("query")
     assert isinstance(query, FakeTensor)
     arguments = fx.node.map_arg(op.args, example_value)
-    with query.fake_mode:
+    # A checkpoint around the compiled region counts what is saved for backward: not this.
+    with query.fake_mode, saved_tensors_hooks(_unchanged, _unchanged):
         outputs = op.target(*arguments)  # type: ignore[operator]
         # Under autocast the call itself casts; Dynamo recorded the dtype it will have.
         first = outputs[0].to(example_value(site.node).dtype)
@@ -188,35 +308,53 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
         node.meta.update({k: site.node.meta[k] for k in _COPIED_META if k in site.node.meta})
 
 
+def _unchanged(saved: Any) -> Any:
+    return saved
+
+
 def _other_decision(other: OtherAttention) -> Decision:
     return Decision(
         path=other.path, kind="other", decision="dense", reason="other_attention", detail=other.name
     )
 
 
-def _dense_decision(site: Site, outcome: Refused | Refusal) -> Decision:
-    kind = "cross" if outcome.reason == "cross_attention" else "self"
+def _dense_decision(
+    site: Site, facts: SiteFacts, outcome: Refused | Refusal, wanted: Requested | None = None
+) -> Decision:
     return Decision(
-        kind=kind, decision="dense", reason=outcome.reason, detail=outcome.detail, **_facts(site)
+        kind=facts.kind,
+        decision="dense",
+        reason=outcome.reason,
+        detail=outcome.detail,
+        **_source(wanted),
+        **_facts(site),
     )
 
 
-def _sparse_decision(site: Site, layout: SiteLayout, chosen: Chosen) -> Decision:
-    before, after = hint(layout.text_before), hint(layout.text_after)
-    config = chosen.config.resolved(chosen.tile)
+def _sparse_decision(
+    site: Site, facts: SiteFacts, layout: SiteLayout, chosen: Chosen, wanted: Requested
+) -> Decision:
     return Decision(
-        kind="joint" if before + after else "self",
+        kind=facts.kind,
         decision="sparse",
-        mechanism=config.describe(),
+        mechanism=chosen.config.resolved(chosen.tile).describe(),
+        detail=chosen.detail,
         grid_thw=layout.grid_hint,
-        text_before=before,
-        text_after=after,
+        text_before=hint(layout.text_before),
+        text_after=hint(layout.text_after),
         layout_origin=layout.origin,
         dynamic=not is_static(layout),
         density=chosen.density,
         predicted_gain=chosen.predicted_gain,
+        **_source(wanted),
         **_facts(site),
     )
+
+
+def _source(wanted: Requested | None) -> dict[str, Any]:
+    if wanted is None:
+        return {}
+    return {"config_origin": wanted.origin, "schedule": wanted.policy.describe_schedule()}
 
 
 def _facts(site: Site) -> dict[str, Any]:

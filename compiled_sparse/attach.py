@@ -1,0 +1,270 @@
+"""Opt-in per module: `attach` for models somebody else wrote, `sparse` for one's own classes.
+
+Both make attention modules emit a marker when they are traced. The compile backend reads from it
+the module's own policy and its layer index, which no graph of a single block can tell.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from typing import TypeVar
+
+from torch import nn
+
+from compiled_sparse.attach_forward import bind_module
+from compiled_sparse.attach_forward import bind_root
+from compiled_sparse.attach_forward import is_bound
+from compiled_sparse.attach_forward import patch
+from compiled_sparse.attach_forward import release_module
+from compiled_sparse.attach_forward import release_root
+from compiled_sparse.attach_modules import attention_modules
+from compiled_sparse.config import Dense
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.errors import AttachError
+from compiled_sparse.policy import KINDS
+from compiled_sparse.policy import Policy
+from compiled_sparse.policy import PolicyLike
+from compiled_sparse.policy import as_policy
+
+CLASS_POLICY = "_compiled_sparse_class_policy"
+PARAMETER_PREFIX = "compiled_sparse_"
+
+Target = TypeVar("Target")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Which learned parameters of attached modules a state dict holds.
+
+    Args:
+        found: Full names of the parameters it has.
+        missing: Full names of those it has not; they keep their initial values.
+    """
+
+    found: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+class Handle:
+    """What `attach` did, and the way back; also a context manager that removes it at the end.
+
+    Args:
+        model: The model.
+        layers: Path and module of each attached attention layer, in layer order.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
+        self._model = model
+        self._layers = layers
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the attached modules; the position is the layer index."""
+        return tuple(path for path, _ in self._layers)
+
+    def remove(self) -> None:
+        """Restore the model; classes decorated with `sparse` keep their own policy.
+
+        Raises:
+            AttachError: if something else has patched the model since.
+        """
+        for _, module in self._layers:
+            _release(module)
+        if all(module is not self._model for _, module in self._layers):
+            release_root(self._model)
+
+    def load_state_dict_report(self, state_dict: Mapping[str, Any]) -> LoadReport:
+        """Say which learned parameters of the attached modules a state dict has.
+
+        Args:
+            state_dict: What is going to be loaded into the model.
+
+        Returns:
+            The names found and missing; both are empty for mechanisms that learn nothing.
+        """
+        names = [
+            f"{path}.{name}" if path else name
+            for path, module in self._layers
+            for name, _ in module.named_parameters(recurse=False)
+            if name.startswith(PARAMETER_PREFIX)
+        ]
+        found = tuple(name for name in names if name in state_dict)
+        return LoadReport(found, tuple(name for name in names if name not in state_dict))
+
+    def report(self) -> str:
+        """Return what is attached and when it takes effect, in words."""
+        first, last = self.modules[0], self.modules[-1]
+        return (
+            f"{len(self._layers)} attention modules attached, {first} to {last}.\n"
+            'They become sparse when compiled with backend="compiled_sparse", alone or within the '
+            "model. Run eagerly or compiled by another backend they compute dense attention."
+        )
+
+    def __enter__(self) -> Handle:
+        """Return the handle."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove what was attached."""
+        self.remove()
+
+
+def attach(
+    model: nn.Module, policy: PolicyLike = None, *, modules: str | Iterable[str] | None = None
+) -> Handle:
+    """Tell the attention modules of a model their policy and their place in the model.
+
+    For models that are compiled in parts, such as with diffusers' `compile_repeated_blocks`: the
+    graph of a block knows neither which block it is nor the grid. Attached modules say the former;
+    of the latter the model's `forward` reads what its call tells. Attaching again replaces what was
+    attached before; doing so after compiling is fine.
+
+    Args:
+        model: The model, compiled or not, or a single attention module.
+        policy: Forms as in `options={"policy": ...}`; it outranks the options. None only numbers
+            the layers.
+        modules: Globs on module paths to attach to, instead of the self-attention modules in the
+            model's lists of blocks. Their order in the model gives the layer indices.
+
+    Returns:
+        A handle that can undo it.
+
+    Raises:
+        AttachError: if there is no attention module, a glob matches none, the model is on the meta
+            device, or a table of windows has another number of layers.
+        ConfigError: if the policy is not one.
+    """
+    model = getattr(model, "_orig_mod", model)
+    resolved = None if policy is None else as_policy(policy)
+    globs = [modules] if isinstance(modules, str) else modules
+    layers = attention_modules(model, None if globs is None else list(globs))
+    policies = [_policy_of(module, resolved) for _, module in layers]
+    _check(model, policies)
+    attached = {id(module) for _, module in layers}
+    for module in model.modules():
+        if is_bound(module) and id(module) not in attached:
+            _release(module)
+    for index, ((path, module), own) in enumerate(zip(layers, policies, strict=True)):
+        bind_module(module, _for_layer(own, path, index, len(layers)), index)
+    if all(module is not model for _, module in layers):
+        bind_root(model)
+    return Handle(model, layers)
+
+
+def sparse(policy: PolicyLike) -> Callable[[Target], Target]:
+    """Give an attention module its own policy, as a class decorator or applied to an instance.
+
+        @cs.sparse(cs.STA(window_thw=(3, 3, 3)))
+        class SelfAttention(nn.Module): ...
+
+    It outranks the backend's options. Modules do not know their layer index until `attach` is
+    called on the whole model.
+
+    Args:
+        policy: Forms as in `options={"policy": ...}`.
+
+    Returns:
+        A function that takes the class or instance and returns it.
+
+    Raises:
+        ConfigError: if the policy is not one.
+        AttachError: if it is applied to something else.
+    """
+    document = as_policy(policy).to_json()
+
+    def decorate(target: Target) -> Target:
+        if isinstance(target, nn.Module):
+            bind_module(target, document, None)
+        elif isinstance(target, type) and issubclass(target, nn.Module):
+            _decorate_class(target, document)
+        else:
+            raise AttachError(
+                "cs.sparse is for modules",
+                got=repr(target),
+                expected="an nn.Module, or a class of modules",
+                next_step="decorate the class of the attention module",
+            )
+        return target
+
+    return decorate
+
+
+def _decorate_class(cls: Any, document: str) -> None:
+    initialise, restore = cls.__init__, cls.__setstate__
+
+    @functools.wraps(initialise)
+    def initialise_and_bind(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        bind_module(self, document, None)
+
+    @functools.wraps(restore)
+    def restore_and_patch(self: Any, state: Any) -> None:
+        restore(self, state)
+        patch(self)
+
+    cls.__init__, cls.__setstate__ = initialise_and_bind, restore_and_patch
+    setattr(cls, CLASS_POLICY, document)
+
+
+def _release(module: nn.Module) -> None:
+    own = getattr(type(module), CLASS_POLICY, None)
+    if own is None:
+        release_module(module)
+    else:
+        bind_module(module, own, None)
+
+
+def _policy_of(module: nn.Module, policy: Policy | None) -> Policy | None:
+    own = getattr(type(module), CLASS_POLICY, None)
+    return Policy.from_json(own) if policy is None and own is not None else policy
+
+
+def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) -> str:
+    """Return the JSON of what a policy says about one layer, the same for like layers.
+
+    Whether the layer is one of the dense ones is said by the policy having one dense layer, or
+    none: compiled artifacts are shared by modules that say the same.
+    """
+    if policy is None:
+        return ""
+    matches = {kind: policy.match(path, kind) for kind in KINDS}
+    configs = {kind: Dense() if found is None else found[1] for kind, found in matches.items()}
+    same = len(set(configs.values())) == 1
+    rules: dict[str, MechanismConfig] = (
+        {"*": configs[KINDS[0]]} if same else {f"{kind}:*": configs[kind] for kind in KINDS}
+    )
+    is_last = layer >= num_layers - policy.dense_last_layers
+    is_dense = layer < policy.dense_first_layers or is_last
+    steps = (policy.dense_first_steps, policy.dense_last_steps)
+    return Policy(rules, *steps, dense_first_layers=int(is_dense)).to_json()
+
+
+def _check(model: nn.Module, policies: list[Policy | None]) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AttachError(
+            "the model has no memory yet",
+            got="parameters on the meta device",
+            expected="a model whose weights are loaded",
+            next_step="call cs.attach after loading the weights",
+        )
+    configs = {config for policy in policies if policy for _, config in policy.rules}
+    for config in configs:
+        table = config.table
+        if table is not None and table.num_layers not in (1, len(policies)):
+            raise AttachError(
+                "a table of windows is for another number of layers",
+                got=f"{table.num_layers} layers in the table, {len(policies)} in the model",
+                expected=f"1 or {len(policies)} layers",
+                next_step="see Handle.modules of an attach without a policy for their order",
+            )

@@ -1,0 +1,97 @@
+"""The override from outside the program: `COMPILED_SPARSE_BACKEND`.
+
+Read at every call by the backend's own code, never inside a traced function.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import known_mechanisms
+from compiled_sparse.config import parse_spec
+from compiled_sparse.errors import UnknownMechanismError
+from compiled_sparse.policy import Policy
+from compiled_sparse.policy import as_policy
+from compiled_sparse.quality import LEVELS
+
+VARIABLE = "COMPILED_SPARSE_BACKEND"
+
+ALIASES = {
+    "SLIDING_TILE_ATTN": "sta",
+    "VIDEO_SPARSE_ATTN": "vsa",
+    "SLA_ATTN": "sla",
+    "SAGE_SLA_ATTN": "sage_sla",
+    "VMOBA_ATTN": "vmoba",
+    "TORCH_SDPA": "dense",
+}
+"""FastVideo's names of attention backends, and the mechanism each stands for."""
+
+
+def mechanism_from_name(name: str) -> MechanismConfig:
+    """Return the config a name or spec string stands for; FastVideo's names are accepted.
+
+    Args:
+        name: Such as `sta`, `sta:window_thw=3x3x3` or `SLIDING_TILE_ATTN`, in any case.
+
+    Raises:
+        UnknownMechanismError: if no mechanism of this release has the name.
+        ConfigFormatError: if a spec string cannot be read.
+    """
+    wanted = ALIASES.get(name.strip().upper())
+    if wanted is None:
+        return parse_spec(name)
+    if wanted not in known_mechanisms():
+        raise UnknownMechanismError(
+            "this release does not have the mechanism",
+            got=f"{name.strip()}, which is {wanted!r} here",
+            expected="one of " + ", ".join(known_mechanisms()),
+            next_step="install a package that provides it, or name another mechanism",
+        )
+    return parse_spec(wanted)
+
+
+def policy_from_environment() -> Policy | None:
+    """Return the policy `COMPILED_SPARSE_BACKEND` names, or None where it is unset or empty.
+
+    Raises:
+        UnknownMechanismError: if it names no mechanism.
+        ConfigFormatError: if it is a spec string or a file that cannot be read.
+    """
+    value = os.environ.get(VARIABLE, "").strip()
+    if not value:
+        return None
+    if value.endswith(".json"):
+        return _read(value, _changed(value))
+    return _parse(value)
+
+
+@lru_cache(maxsize=64)
+def _parse(value: str) -> Policy:
+    if value.lower() in LEVELS:
+        return as_policy(value)
+    try:
+        return as_policy(mechanism_from_name(value))
+    except UnknownMechanismError as error:
+        raise UnknownMechanismError(
+            f"{VARIABLE} is set to something unknown: {error.problem}",
+            got=error.got,
+            expected=f"{error.expected}, a spec string, a quality level ({', '.join(LEVELS)}), the "
+            f"path of a policy's JSON file, or one of {', '.join(ALIASES)}",
+            next_step=f"correct {VARIABLE}, or unset it",
+        ) from None
+
+
+@lru_cache(maxsize=16)
+def _read(value: str, changed: int) -> Policy:
+    return as_policy(Path(value))
+
+
+def _changed(value: str) -> int:
+    """When a file was last written: an edited policy file is read again."""
+    try:
+        return Path(value).stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,83 @@
+"""What a mechanism's op reads at run time, as nodes in front of an attention call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.passes.markers import Marker
+from compiled_sparse.passes.runtime_inputs import RuntimeInput
+from compiled_sparse.passes.runtime_inputs import RuntimeInputs
+from compiled_sparse.passes.runtime_inputs import fake_mode_of
+from compiled_sparse.passes.sites import Site
+from compiled_sparse.registry import Refused
+from compiled_sparse.selector import SiteFacts
+
+
+class RuntimeArguments:
+    """The tensors one attention call can be given.
+
+    Args:
+        runtime: The inputs appended to the graph.
+        site: The call.
+        facts: Its layer index, where the graph shows it.
+        marker: What the module that makes the call says.
+    """
+
+    def __init__(
+        self, runtime: RuntimeInputs, site: Site, facts: SiteFacts, marker: Marker | None
+    ) -> None:
+        self._runtime = runtime
+        self._site = site
+        self._facts = facts
+        self._layer = None if marker is None else marker.layer
+
+    def refusal(self, names: tuple[str, ...], config: MechanismConfig) -> Refused | None:
+        """Return why the call cannot be given what an op reads, if it cannot.
+
+        Args:
+            names: Names among `registry.RUNTIME_INPUTS`.
+            config: The config the op is for.
+        """
+        if not names:
+            return None
+        if not self._runtime.can_reach(self._site.owner):
+            return Refused("nested_graph")
+        num_layers = 1 if config.table is None else config.table.num_layers
+        total = self._facts.num_layers
+        if total is not None and num_layers not in (1, total):
+            detail = f"{num_layers} layers in the table, {total} in the model"
+            return Refused("layers_mismatch", detail)
+        needs_layer = "layer" in names and (config.table is None or num_layers > 1)
+        if needs_layer and self._layer is None and self._facts.layer is None:
+            return Refused("layer_unknown", "the graph is a part of the model")
+        return None
+
+    def nodes(self, names: tuple[str, ...], config: MechanismConfig) -> list[fx.Node]:
+        """Return what an op reads, in the order of `names`, for which `refusal` is None.
+
+        The graph's insertion point must be in front of the call.
+        """
+        return [self._node(name, config) for name in names]
+
+    def _node(self, name: str, config: MechanismConfig) -> fx.Node:
+        if name == "layer":
+            return self._layer_node()
+        table = config.table if name == "windows" else None
+        device = self._site.tensor("query").device
+        return self._runtime.node(RuntimeInput(name, device, table), self._site)
+
+    def _layer_node(self) -> fx.Node:
+        site = self._site
+        if self._layer is not None:
+            is_here = self._layer.graph is site.node.graph
+            return self._layer if is_here else self._runtime.reach(self._layer, site.owner)
+        settings: dict[str, Any] = {"dtype": torch.int64, "device": site.tensor("query").device}
+        arguments = ((), self._facts.layer or 0)
+        node = site.node.graph.call_function(torch.full, arguments, settings)
+        with fake_mode_of(site):
+            node.meta["example_value"] = torch.full(*arguments, **settings)
+        return node
