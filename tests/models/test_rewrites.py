@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import harness
 import pytest
 from builders import BUILDERS
 from measure import TOLERANCE
