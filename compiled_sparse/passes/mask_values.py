@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch import fx
 
+from compiled_sparse.passes.fx import example_value
+
 MAX_ATOMS = 6
 
 
@@ -112,7 +114,7 @@ def leaf_value(leaf: Leaf, shape: Sequence[Any], values: Sequence[Any]) -> MaskV
         values: What the tensor holds where the bit is unset and where it is set.
     """
     axes = tuple(Axis(dim) for dim, size in enumerate(shape) if size is not None)
-    dtype = leaf.node.meta["example_value"].dtype
+    dtype = example_value(leaf.node).dtype
     return make_value([Atom(leaf, axes)], torch.tensor(list(values), dtype=dtype, device="cpu"))
 
 

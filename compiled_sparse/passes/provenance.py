@@ -269,6 +269,7 @@ def shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def may_write(node: fx.Node) -> bool:
+    """Whether an op may write into its inputs, by its schema, name or origin."""
     name = op_name(node)
     if "out" in node.kwargs or name in _WRITING_NAMES or _has_mutable_schema(node.target):
         return True

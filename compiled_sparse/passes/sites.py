@@ -142,7 +142,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _mask_of(node: fx.Node) -> Any:
-    is_site = node.op == "call_function" and node.target is SDPA
+    is_site = node.op == "call_function" and node.target in _SDPA_TARGETS
     return _arguments(node)["attn_mask"] if is_site else None
 
 

@@ -132,7 +132,7 @@ def token_mask(
     mechanism = mechanism_of(config)
     if mechanism is None or mechanism.token_mask is None:
         raise ConfigError(
-            "this config has no token mask",
+            "this config has no reference made of a mask",
             got=repr(config),
             expected="Dense(), or the config of a mechanism whose mask is fixed, such as STA(...)",
             next_step="pass the config of one mechanism",

@@ -47,7 +47,7 @@ CASES = {
     "not callable": Case(
         errors.ConfigError,
         "no mechanism that can be called",
-        "Auto()",
+        "Auto(",
         "STA(...) or Dense()",
         "compile backend",
         lambda: attend(Auto()),
@@ -183,8 +183,8 @@ CASES = {
     "no reference": Case(
         errors.ConfigError,
         "this config has no reference",
-        "Auto()",
-        "Dense() or STA(...)",
+        "Auto(",
+        "such as STA(...)",
         "one mechanism",
         lambda: attend(Auto(), cs.reference),
     ),
