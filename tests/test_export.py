@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,6 +108,30 @@ def test_text_and_key_padding_are_followed_through_the_operations_of_export() ->
     program, report = cs.rewrite_exported(exported(model, *inputs), POLICY)
     assert outcomes(report) == ["sparse"]
     expected = expected_output(model, *inputs, text=cs.Text(after=7))
+    assert_close(program.module()(*inputs), expected)
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pairs": lambda valid: valid[:, None, :, None] & valid[:, None, None, :],
+    "additive": lambda valid: ((1 - valid.to(torch.float32)) * -10000.0)[:, None, None, :],
+    "expanded": lambda valid: valid[:, None, None].expand(2, 2, 67, 67),
+}
+
+
+@pytest.mark.parametrize("policy", [POLICY, "dense"], ids=["sparse", "dense"])
+@pytest.mark.parametrize("form", MASKS)
+def test_masks_made_in_the_program_are_recognised(form: str, policy: Any) -> None:
+    def body(m: Tiny, x: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+        x = torch.cat([raster(x), text], 1)
+        return m.attn(x, attn_mask=MASKS[form](valid))[:, :60]
+
+    model = Tiny(body)
+    inputs = (video(2), tokens(2, 7), (torch.arange(67) < 64).expand(2, 67).contiguous())
+    program, report = cs.rewrite_exported(exported(model, *inputs), policy)
+    assert report.sites[0].mask == ("query_and_key_padding" if form == "pairs" else "key_padding")
+    assert report.num_sparse == (policy is POLICY)
+    text = cs.Text(after=7)
+    expected = model(*inputs) if policy == "dense" else expected_output(model, *inputs, text=text)
     assert_close(program.module()(*inputs), expected)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.combining import same_raster
 from compiled_sparse.passes.combining import shares_provenance
@@ -40,6 +39,8 @@ class SiteLayout:
         text_after: Tokens behind it.
         origin: "metadata" or "graph".
         readers: Where the length of each axis can be read, where the graph proved the layout.
+        by_length: The tokens that were taken for the video because there are as many as the caller
+            said; empty where there was more to go by.
     """
 
     grid: tuple[Any, ...]
@@ -47,6 +48,7 @@ class SiteLayout:
     text_after: Any = 0
     origin: str = "graph"
     readers: tuple[Reader | None, ...] = ()
+    by_length: Track = ()
 
     @property
     def grid_hint(self) -> tuple[int, ...]:
@@ -116,27 +118,33 @@ def _given_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | None
     length = site.tensor("query").shape[-2]
     if given is None or hint(length) < given.num_tokens:
         return None
-    text = given.text or _text_around(site.query_track, given.num_video_tokens)
-    if text is None or not bool(length == given.num_video_tokens + text.before + text.after):
+    if given.text is None:
+        return _by_length(site.query_track, given)
+    text = given.text
+    if not bool(length == given.num_video_tokens + text.before + text.after):
         return None
     return SiteLayout(given.grid_thw, text.before, text.after, origin="metadata")
 
 
-def _text_around(track: Track, num_tokens: int) -> Text | None:
-    """What is beside the one run of parts that has the video's length, if there is one."""
+def _by_length(track: Track, given: LayoutMetadata) -> SiteLayout | None:
+    """Take the one run of parts that has the video's length, if there is one; the rest is text."""
     runs = [
         (first, last)
         for first in range(len(track))
         for last in range(first + 1, len(track) + 1)
-        if hint(track_size(track[first:last])) == num_tokens
+        if hint(track_size(track[first:last])) == given.num_video_tokens
     ]
-    videos = [run for run in runs if has_video(track[slice(*run)])]
     if has_video(track):
-        runs = videos
+        runs = [run for run in runs if has_video(track[slice(*run)])]
     if len(runs) != 1:
         return None
     ((first, last),) = runs
-    return Text(int(track_size(track[:first])), int(track_size(track[last:])))
+    run, text = track[first:last], (track[:first], track[last:])
+    if not bool(track_size(run) == given.num_video_tokens):
+        return None
+    before, after = (int(track_size(part)) for part in text)
+    unproven = () if has_video(run) or any(map(_positions, run)) else run
+    return SiteLayout(given.grid_thw, before, after, origin="metadata", by_length=unproven)
 
 
 def _layout_of_graph(site: Site, is_placed: bool) -> SiteLayout | Refusal | None:

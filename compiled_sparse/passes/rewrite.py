@@ -28,6 +28,7 @@ from compiled_sparse.passes.layouts import find_layout
 from compiled_sparse.passes.layouts import is_static
 from compiled_sparse.passes.layouts import layout_arguments
 from compiled_sparse.passes.layouts import specialized
+from compiled_sparse.passes.lookalikes import refuse_lookalikes
 from compiled_sparse.passes.markers import Marker
 from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.mask_forms import MaskForm
@@ -129,7 +130,7 @@ class SparseAttentionPass:
         return digest.hexdigest()
 
     def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
-        layouts = [_layout_of(site, self.layout, markers.grid) for site in sites]
+        layouts = refuse_lookalikes([_layout_of(site, self.layout, markers.grid) for site in sites])
         speaking = [markers.covering(site.node, site.path) for site in sites]
         facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
         return list(map(_Case, sites, layouts, facts, speaking))

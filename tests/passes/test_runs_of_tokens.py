@@ -161,6 +161,37 @@ def test_text_that_cannot_be_told_from_the_video_is_asked_for(lengths: tuple[int
     assert says in decision.detail
 
 
+def test_sequences_of_other_tokens_with_the_videos_length_are_all_refused() -> None:
+    first, second, joint = (Attention().requires_grad_(False) for _ in range(3))
+
+    def model(video: Tensor, text: Tensor, position: Tensor) -> Tensor:
+        video, text = first(video + position), second(text + position)
+        return joint(torch.cat([video, text], 1))
+
+    inputs = [tokens(1, LENGTH) for _ in range(3)]
+    backend, actual = record(model, *inputs, grid_thw=GRID)
+    assert backend.outcomes == ["layout_unknown"] * 3
+    assert "pass text=" in backend.decisions[0].detail
+    assert_close(actual, model(*inputs))
+
+    short = [tokens(1, LENGTH), tokens(1, 7), tokens(1, 1)]
+    assert record(model, *short, grid_thw=GRID)[0].outcomes == [
+        "sparse",
+        "layout_unknown",
+        "sparse",
+    ]
+
+
+def test_the_same_tokens_with_something_added_are_no_other_sequence() -> None:
+    first, second = (Attention().requires_grad_(False) for _ in range(2))
+
+    def model(video: Tensor, position: Tensor) -> Tensor:
+        return second(first(video) + position)
+
+    inputs = [tokens(1, LENGTH) for _ in range(2)]
+    assert record(model, *inputs, grid_thw=GRID)[0].outcomes == ["sparse"] * 2
+
+
 def test_text_of_the_videos_length_is_told_from_it_by_the_graph() -> None:
     model = Tiny(lambda m, x, t: m.attn(torch.cat([t, raster(x)], 1)))
     inputs = (video(), tokens())
