@@ -18,13 +18,13 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from compiled_sparse.errors import ExportError
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import MODULE_STATE
 from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.lowering import lower_to_aten
 from compiled_sparse.policy import PolicyLike
 from compiled_sparse.policy import as_policy
 from compiled_sparse.report import Report
@@ -145,37 +145,11 @@ def _as_exported(node: fx.Node) -> None:
     selects = node.target is operator.getitem and not isinstance(_first_value(node), torch.Tensor)
     is_tensor = isinstance(node.meta.get("val"), FakeTensor)
     if is_tensor and not selects and not isinstance(node.target, OpOverload):
-        _lower(node)
+        lower_to_aten(node)
 
 
 def _first_value(node: fx.Node) -> Any:
     return example_value(node.all_input_nodes[0]) if node.all_input_nodes else None
-
-
-def _lower(node: fx.Node) -> None:
-    """Write a method or Python operator, such as `mask[:, 0, 0]`, as the aten calls it makes."""
-    inputs = node.all_input_nodes
-
-    def call(*values: Any) -> Any:
-        given = dict(zip(inputs, values, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    with node.meta["val"].fake_mode:
-        traced = make_fx(call, pre_dispatch=True)(*map(example_value, inputs))
-    copies: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    with node.graph.inserting_before(node):
-        for each in traced.graph.nodes:
-            if each.op == "placeholder":
-                copies[each] = next(given)
-            elif each.op == "output":
-                node.replace_all_uses_with(copies[each.args[0]])
-            else:
-                copies[each] = node.graph.node_copy(each, copies.__getitem__)
-    node.graph.erase_node(node)
 
 
 def _renamed_outputs(program: ExportedProgram, graph_module: fx.GraphModule) -> Any:

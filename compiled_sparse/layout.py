@@ -159,7 +159,6 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-@lru_cache(maxsize=256)
 def auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     """Choose the tile that wastes the fewest slots on `grid`.
 
@@ -179,6 +178,16 @@ def auto_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         LayoutError: if `grid` is not one to three positive integers.
     """
+    return _best_tile(grid)
+
+
+# Dynamo runs the search instead of tracing it. This is what torch.compiler.assume_constant_result
+# sets; calling that here would import Dynamo with the package.
+auto_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _best_tile(grid: tuple[int, ...]) -> tuple[int, ...]:
     check_extents("grid", grid)
     low = min(_AUTO_TILE_RANGE[0], math.prod(grid))
     max_side = _AUTO_TILE_MAX_SIDE if len(grid) > 1 else _AUTO_TILE_RANGE[1]

@@ -15,6 +15,7 @@ from strategies import layouts
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import Text
+from compiled_sparse.layout import _best_tile
 from compiled_sparse.layout import auto_tile
 
 
@@ -129,9 +130,9 @@ def test_auto_tile_wastes_the_least_on_any_image(height: int, width: int) -> Non
 
 
 def test_auto_tile_always_gives_the_same_tile() -> None:
-    auto_tile.cache_clear()
+    _best_tile.cache_clear()
     first = auto_tile((21, 30, 52))
-    auto_tile.cache_clear()
+    _best_tile.cache_clear()
     assert auto_tile((21, 30, 52)) == first == (7, 5, 13)
 
 

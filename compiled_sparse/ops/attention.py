@@ -135,19 +135,10 @@ def _runtime_tensor(
 
 
 def _resolve_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
-    if not config.needs_static_grid:
-        return config.resolve_tile(grid)
-    # The choice follows the grid: a traced grid becomes constant, so that each compiles anew.
-    return _choose_tile(config, tuple(operator.index(side) for side in grid))
-
-
-def _choose_tile(config: MechanismConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
+    if config.needs_static_grid:
+        # The choice follows the grid: a traced grid becomes constant, so that each compiles anew.
+        grid = tuple(operator.index(side) for side in grid)
     return config.resolve_tile(grid)
-
-
-# Dynamo runs the search instead of tracing it. This is what torch.compiler.assume_constant_result
-# sets; calling that here would import Dynamo with the package.
-_choose_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_self_attention(q: Tensor, k: Tensor, config: MechanismConfig) -> None:

@@ -29,6 +29,7 @@ from compiled_sparse.passes.layouts import is_static
 from compiled_sparse.passes.layouts import layout_arguments
 from compiled_sparse.passes.layouts import specialized
 from compiled_sparse.passes.lookalikes import refuse_lookalikes
+from compiled_sparse.passes.lowering import lower_einops
 from compiled_sparse.passes.markers import Marker
 from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.mask_forms import MaskForm
@@ -103,8 +104,9 @@ class SparseAttentionPass:
             which tensors must be passed behind the graph's own inputs, and `checked_paths` which
             calls the statistics behind its own outputs are about.
         """
+        edited = lower_einops(owner)
         markers, runtime, checks = Markers(owner), RuntimeInputs(owner), Checks(owner)
-        edited = markers.erase()
+        edited += markers.erase()
         sites, others = find_sites(owner)
         cases = self._cases(sites, markers, ends_here=not _has_graph_break(owner))
         decisions = [self._process(case, runtime, checks) for case in cases]
