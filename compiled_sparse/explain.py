@@ -25,9 +25,8 @@ from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
 
 # Each call has a backend of its own and would use up the model's recompile limit, shared with the
-# user's own torch.compile. Releases before torch 2.13 may not be able to keep them apart.
+# user's own torch.compile.
 _CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-_ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
 
 
 def explain(
@@ -68,8 +67,23 @@ def explain(
         outputs = _output_values(graph)
         return lambda *_: [_zeros(value) for value in outputs]
 
-    torch.compile(_plain(model), backend=analyse, **_ISOLATED)(*args, **kwargs)
+    _compiled_apart(_plain(model), analyse)(*args, **kwargs)
     return Report(tuple(decisions), max(num_graphs, 1))
+
+
+def _compiled_apart(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """Compile a model without counting as one of its recompilations."""
+    if _CAN_ISOLATE:
+        options: dict[str, Any] = {"isolate_recompiles": True}
+        return torch.compile(model, backend=backend, **options)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Before torch 2.13 the limit belongs to the code object, so each call gets its own. What the
+    # model runs behind a graph break still counts.
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call, backend=backend)
 
 
 def _plain(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-_SELF = re.compile(r"^L\['[^']*'\]")
+_SELF = re.compile(r"^L\['[^']*'\](?:\.__self__)?")
 _MODULES = re.compile(r"(?:\.__dict__)?\['_modules'\]|\._modules")
 _KEY = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 _GETATTR = re.compile(r"getattr\((.*), '([^']*)'\)")
