@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import fx
+
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
+from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import atoms_of
@@ -13,28 +16,42 @@ from compiled_sparse.registry import Refused
 
 Outcome = SiteLayout | Refusal | Refused
 
+_REFUSAL = Refusal(
+    "layout_unknown",
+    "several sequences have as many tokens as the grid; "
+    "pass text= to name those with that much text",
+)
 
-def refuse_lookalikes(outcomes: Sequence[Outcome]) -> list[Outcome]:
+
+def refuse_lookalikes(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Refuse all layouts that rest on a length alone where unlike sequences have that length.
 
     A prompt with as many tokens as the image attends to itself just as the image does: which of the
     two a grid was named for cannot be told.
 
     Args:
-        outcomes: The layouts and refusals of one graph's calls.
+        sites: The calls of one graph.
+        outcomes: The layout or refusal of each.
 
     Returns:
         The outcomes after.
     """
-    runs = [_origins(run) for run in map(_run_by_length, outcomes) if run]
-    if not runs or all(min(runs, key=len) <= run for run in runs):
-        return list(outcomes)
-    refusal = Refusal(
-        "layout_unknown",
-        "several sequences have as many tokens as the grid; "
-        "pass text= to name those with that much text",
-    )
-    return [refusal if _run_by_length(outcome) else outcome for outcome in outcomes]
+    runs = [_run_by_length(outcome) for outcome in outcomes]
+    by_root: dict[fx.GraphModule, list[frozenset[object]]] = {}
+    for site, run in zip(sites, runs, strict=True):
+        if run:
+            by_root.setdefault(site.root, []).append(_origins(run))
+    unlike = {root for root, names in by_root.items() if not _are_alike(names)}
+    return [
+        _REFUSAL if run and site.root in unlike else outcome
+        for site, run, outcome in zip(sites, runs, outcomes, strict=True)
+    ]
+
+
+def _are_alike(names: list[frozenset[object]]) -> bool:
+    """Whether all are one sequence, to which something may have been added later."""
+    fewest = min(names, key=len)
+    return all(fewest <= each for each in names)
 
 
 def _run_by_length(outcome: Outcome) -> Track:

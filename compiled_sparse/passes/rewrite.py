@@ -18,6 +18,9 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.checks import Checks
+from compiled_sparse.passes.decisions import dense_decision
+from compiled_sparse.passes.decisions import other_decision
+from compiled_sparse.passes.decisions import sparse_decision
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
@@ -41,7 +44,6 @@ from compiled_sparse.passes.masks import slim_dense_mask
 from compiled_sparse.passes.runtime_arguments import RuntimeArguments
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
-from compiled_sparse.passes.sites import OtherAttention
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.policy import Policy
@@ -110,7 +112,7 @@ class SparseAttentionPass:
         sites, others = find_sites(owner)
         cases = self._cases(sites, markers, ends_here=not _has_graph_break(owner))
         decisions = [self._process(case, runtime, checks) for case in cases]
-        decisions += [_other_decision(other) for other in others]
+        decisions += [other_decision(other) for other in others]
         if self.rewrite:
             edited += [*(site.owner for site in sites), *runtime.edited, *checks.edited]
         for module in {id(module): module for module in edited}.values():
@@ -132,7 +134,8 @@ class SparseAttentionPass:
         return digest.hexdigest()
 
     def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
-        layouts = refuse_lookalikes([_layout_of(site, self.layout, markers.grid) for site in sites])
+        layouts = [_layout_of(site, self.layout, markers.grid) for site in sites]
+        layouts = refuse_lookalikes(sites, layouts)
         speaking = [markers.covering(site.node, site.path) for site in sites]
         facts = _site_facts(sites, layouts, speaking, ends_here=ends_here)
         return list(map(_Case, sites, layouts, facts, speaking))
@@ -146,24 +149,24 @@ class SparseAttentionPass:
     def _decide(self, case: _Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
         site, layout, facts = case.site, case.layout, case.facts
         if not isinstance(layout, SiteLayout):
-            return _dense_decision(site, facts, layout)
+            return dense_decision(site, facts, layout)
         wanted = requested(self.sources, facts)
         outcome = _prove(site, wanted.config, layout)
         dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
         if isinstance(outcome, Refused):
-            return _dense_decision(site, facts, outcome, wanted)
+            return dense_decision(site, facts, outcome, wanted)
         if dense is not None:
-            return _dense_decision(site, facts, dense, wanted)
+            return dense_decision(site, facts, dense, wanted)
         layout, chosen = outcome
         arguments = RuntimeArguments(runtime, site, facts, case.marker)
         refused = arguments.refusal(_runtime_names(layout, chosen), chosen.config)
         if refused is not None:
-            return _dense_decision(site, facts, refused, wanted)
+            return dense_decision(site, facts, refused, wanted)
         if self.rewrite:
             out = _replace(site, layout, chosen, arguments)
             if self.check_rows:
                 checks.add(site.path, site.owner, out, self.check_rows)
-        return _sparse_decision(site, facts, layout, chosen, wanted)
+        return sparse_decision(site, facts, layout, chosen, wanted)
 
 
 @dataclass(frozen=True)
@@ -350,66 +353,3 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
 
 def _unchanged(saved: Any) -> Any:
     return saved
-
-
-def _other_decision(other: OtherAttention) -> Decision:
-    return Decision(
-        path=other.path, kind="other", decision="dense", reason="other_attention", detail=other.name
-    )
-
-
-def _dense_decision(
-    site: Site, facts: SiteFacts, outcome: Refused | Refusal, wanted: Requested | None = None
-) -> Decision:
-    return Decision(
-        kind=facts.kind,
-        decision="dense",
-        reason=outcome.reason,
-        detail=outcome.detail,
-        **_source(wanted),
-        **_facts(site),
-    )
-
-
-def _sparse_decision(
-    site: Site, facts: SiteFacts, layout: SiteLayout, chosen: Chosen, wanted: Requested
-) -> Decision:
-    return Decision(
-        kind=facts.kind,
-        decision="sparse",
-        mechanism=chosen.config.resolved(chosen.tile).describe(),
-        detail=chosen.detail,
-        grid_thw=layout.grid_hint,
-        text_before=hint(layout.text_before),
-        text_after=hint(layout.text_after),
-        layout_origin=layout.origin,
-        dynamic=not is_static(layout),
-        density=chosen.density,
-        predicted_gain=chosen.predicted_gain,
-        **_source(wanted),
-        **_facts(site),
-    )
-
-
-def _source(wanted: Requested | None) -> dict[str, Any]:
-    if wanted is None:
-        return {}
-    return {"config_origin": wanted.origin, "schedule": wanted.policy.describe_schedule()}
-
-
-def _facts(site: Site) -> dict[str, Any]:
-    query, key = site.tensor("query"), site.tensor("key")
-    return {
-        "path": site.path,
-        "query_shape": tuple(hint(size) for size in query.shape),
-        "key_shape": tuple(hint(size) for size in key.shape),
-        "dtype": str(query.dtype).removeprefix("torch."),
-        "mask": _mask_name(site),
-    }
-
-
-def _mask_name(site: Site) -> str:
-    form = key_mask_of(site)
-    if not isinstance(form, MaskForm):
-        return "" if form is None else "other"
-    return form.name

@@ -41,6 +41,7 @@ class Site:
     Args:
         node: The call.
         owner: Graph module whose graph holds it.
+        root: Graph module where the analysis began; what tracks name is comparable under one root.
         path: Dotted path of the module that made the call.
         arguments: All arguments by name, as nodes or values.
         query_track: What the query positions are.
@@ -56,6 +57,7 @@ class Site:
 
     node: fx.Node
     owner: fx.GraphModule
+    root: fx.GraphModule
     path: str
     arguments: dict[str, Any]
     query_track: Track
@@ -103,23 +105,25 @@ def find_sites(owner: fx.GraphModule) -> tuple[list[Site], list[OtherAttention]]
     analysis = Provenance(owner)
     for visit in analysis.run():
         entered.add(id(visit.owner))
-        _collect(visit, sites, others)
+        _collect(visit, owner, sites, others)
     # A text refiner may run before the patch embedding does.
     has_video = analysis.num_video_sources > 0
     sites = [dataclasses.replace(site, graph_has_video=has_video) for site in sites]
     masks = masks_at(owner, _mask_of)
     for graph in _unentered(owner, entered):
         for visit in Provenance(graph).run():
-            _collect(visit, sites, others)
+            _collect(visit, graph, sites, others)
         masks.update(masks_at(graph, _mask_of))
     return [dataclasses.replace(site, mask=masks.get(site.node)) for site in sites], others
 
 
-def _collect(visit: Visit, sites: list[Site], others: list[OtherAttention]) -> None:
+def _collect(
+    visit: Visit, root: fx.GraphModule, sites: list[Site], others: list[OtherAttention]
+) -> None:
     if visit.node.op != "call_function":
         return
     if visit.node.target in _SDPA_TARGETS:
-        sites.append(_site(visit))
+        sites.append(_site(visit, root))
     elif op_name(visit.node) in OTHER_ATTENTION:
         others.append(OtherAttention(module_path(visit.node), op_name(visit.node)))
 
@@ -146,13 +150,14 @@ def _mask_of(node: fx.Node) -> Any:
     return _arguments(node)["attn_mask"] if is_site else None
 
 
-def _site(visit: Visit) -> Site:
+def _site(visit: Visit, root: fx.GraphModule) -> Site:
     node, analysis = visit.node, visit.analysis
     arguments = _arguments(node)
     query, key, value = (analysis.of(arguments[name]) for name in ("query", "key", "value"))
     return Site(
         node=node,
         owner=visit.owner,
+        root=root,
         path=module_path(node),
         arguments=arguments,
         query_track=query[-2],

@@ -25,6 +25,8 @@ from compiled_sparse.reference.attention import token_mask
 from compiled_sparse.report import Decision
 
 SDPA = F.scaled_dot_product_attention
+TOLERANCE = 1e-5
+_NOISE_DRAWS = 8
 _NAMES = (
     "query",
     "key",
@@ -75,9 +77,10 @@ class calls(TorchFunctionMode):  # noqa: N801 - used like a function: with calls
 def masked_attention(call: dict[str, Any], site: Decision, config: cs.STA) -> Tensor:
     """Return what one call gives where only the pairs that its layout allows are attended.
 
-    The model's own mask is applied as it is, whatever the compiler recognised in it.
+    The model's own mask is applied as it is, whatever the compiler recognised in it. Computed in
+    float64, so that differences are those of what is compared with it.
     """
-    q, k, v = (call[name] for name in ("query", "key", "value"))
+    q, k, v = (call[name].double() for name in ("query", "key", "value"))
     assert not call.get("is_causal")
     assert not call.get("dropout_p")
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -90,7 +93,8 @@ def masked_attention(call: dict[str, Any], site: Decision, config: cs.STA) -> Te
     elif mask is not None:
         scores = scores + mask
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
-    return weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0) @ v
+    out = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0) @ v
+    return out.to(call["query"].dtype)
 
 
 def replay(case: Case, sites: Sequence[Decision | None], config: cs.STA) -> Tensor:
@@ -104,6 +108,35 @@ def replay(case: Case, sites: Sequence[Decision | None], config: cs.STA) -> Tens
         result = outputs(case)
     assert mode.count == len(sites), f"{mode.count} calls eagerly, {len(sites)} compiled"
     return result
+
+
+def rounding_noise(case: Case, sites: Sequence[Decision | None], config: cs.STA) -> float:
+    """Return how far the outputs move if every attention output is off by one rounding.
+
+    That is a unit in the last place of its largest value, in the dtype the model attends in: some
+    models attend in bfloat16 whatever their weights are, some round again further on.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def instead(index: int, call: dict[str, Any]) -> Tensor:
+        site = sites[index] if sites else None
+        out = SDPA(**call) if site is None else masked_attention(call, site, config)
+        unit = torch.finfo(out.dtype).eps * out.abs().max()
+        return out + unit * torch.randn(out.shape, generator=generator).to(out.dtype)
+
+    expected = replay(case, sites, config) if sites else outputs(case)
+    moved = []
+    for _ in range(_NOISE_DRAWS):
+        with calls(instead):
+            moved.append(relative_error(outputs(case), expected))
+    return max(moved)
+
+
+def tolerance(case: Case, sites: Sequence[Decision | None], config: cs.STA, error: float) -> float:
+    """Return the largest error that rounding explains; the noise is only looked at if need be."""
+    if error < TOLERANCE:
+        return TOLERANCE
+    return max(TOLERANCE, 2 * rounding_noise(case, sites, config))
 
 
 def outputs(case: Case, run: Callable[..., Any] | None = None) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from builders import BUILDERS
 from builders.base import Case
 from builders.base import Grid
+from harness import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-TOLERANCE = 1e-5
 BATCHED = ("hunyuan video", "qwen image", "cogvideox 5b")
 GRIDS = {3: ((3, 4, 5), (5, 3, 4), (2, 5, 7), (3, 4, 5)), 2: ((6, 7), (7, 8), (5, 9), (6, 7))}
 RESIZED = ("wan", "hunyuan video")
@@ -43,7 +43,8 @@ def test_a_batch_with_prompts_of_several_lengths_is_right(name: str) -> None:
         sites, wrong = harness.sites_of_calls(run, truths, builder.grid)
         assert not wrong
         assert any(sites) or name not in BATCHED
-        assert harness.relative_error(run.output, harness.replay(case, sites, config)) < TOLERANCE
+        error = harness.relative_error(run.output, harness.replay(case, sites, config))
+        assert error < harness.tolerance(case, sites, config, error)
 
 
 @pytest.mark.parametrize(
