@@ -35,7 +35,8 @@ def _same_digit(left: Atom, right: Atom) -> bool:
 def merge(left: Track, right: Track, *, positions: bool = False) -> Track | None:
     """Combine the tracks of two operands that are aligned index by index.
 
-    Video knowledge wins over a mere stream; two streams share their origins from then on.
+    Video knowledge wins over a mere stream; two streams share their origins from then on, as do the
+    parts of a sequence and a stream over all of it.
 
     Args:
         left: Track of one operand's dimension.
@@ -56,7 +57,29 @@ def merge(left: Track, right: Track, *, positions: bool = False) -> Track | None
     for winner, other in ((left, right), (right, left)):
         if is_constant(other) or (has_video(winner) and not has_video(other)):
             return winner
+    for parts, other in ((left, right), (right, left)):
+        whole = _sole_stream(other)
+        if whole is not None and len(parts) > 1 and not has_video(parts):
+            runs = _runs_alike(whole, parts)
+            return tuple(Part((_union(fused(p), run),)) for p, run in zip(parts, runs, strict=True))
     return None
+
+
+def _sole_stream(track: Track) -> Stream | None:
+    (part, *more) = track
+    (atom, *rest) = part.atoms
+    is_sole = not more and not rest and part.cut is None
+    return _as_stream(atom) if is_sole and not _is_known(atom) else None
+
+
+def _runs_alike(whole: Stream, parts: Track) -> list[Stream]:
+    """Cut a stream, such as a rotary table over text and video, where the parts of another end."""
+    runs, start = [], 0
+    for part in parts:
+        name = ("run", whole, size_key(start), size_key(part.size))
+        runs.append(Stream(frozenset({name}), part.size))
+        start = start + part.size
+    return runs
 
 
 def _aligned(left: Sequence[Any], right: Sequence[Any]) -> bool:
@@ -167,6 +190,19 @@ def _common_atom(left: Atom, right: Atom) -> Atom | None:
     if not origins or not same(left.size, right.size):
         return None
     return Stream(origins, left.size, left.positions | right.positions)
+
+
+def refines(new: Track, old: Track) -> bool:
+    """Whether a track is over the same streams as another, perhaps with something added to them."""
+    return _aligned(new, old) and all(map(_refines_part, new, old))
+
+
+def _refines_part(new: Part, old: Part) -> bool:
+    if new == old:
+        return True
+    if any(_is_known(atom) for atom in (*new.atoms, *old.atoms)):
+        return False
+    return bool(fused(old).origins) and fused(old).origins <= fused(new).origins
 
 
 def _is_known(atom: Atom) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from compiled_sparse.passes.combining import common
+from compiled_sparse.passes.combining import refines
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.op_names import WRITING_POINTWISE
@@ -134,10 +135,24 @@ def _partly_written(
     old: Track, size: Any, item: Any, new: Track | None, fresh: Track
 ) -> Track | None:
     """Positions stay what they are where the same tokens are written back."""
-    replaced = slice_dim(old, size, item) if isinstance(item, slice) else None
+    if not isinstance(item, slice):
+        return None if has_video(old) else fresh
+    replaced = slice_dim(old, size, item)
     if replaced is not None and new == replaced:
         return old
-    return None if has_video(old) else fresh
+    if has_video(old):
+        return None
+    if replaced is None or new is None or not refines(new, replaced):
+        return fresh
+    return _with_run(old, size, item, new) or fresh
+
+
+def _with_run(old: Track, size: Any, item: slice, new: Track) -> Track | None:
+    """A sequence of which one run of tokens, in their places, was written anew."""
+    before = () if not item.start else slice_dim(old, size, slice(0, item.start))
+    ends = item.stop is None or same(item.stop, size)
+    after = () if ends else slice_dim(old, size, slice(item.stop, None))
+    return None if before is None or after is None else (*before, *new, *after)
 
 
 def _beside(old: Track, new: Track, fresh: Track) -> Track | None:

@@ -24,7 +24,14 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 WINDOWS = ((1, 1, 1), (3, 1, 1), (1, 3, 3))
 ONE_ARTIFACT = ("wan", "wan image", "ltx", "ltx 2", "skyreels v2")
-MODELS = (*ONE_ARTIFACT, "wan animate", "chronoedit", "cogvideox 2b", "hunyuan video")
+MODELS = (
+    *ONE_ARTIFACT,
+    "wan animate",
+    "chronoedit",
+    "cogvideox 2b",
+    "cogvideox 5b",
+    "hunyuan video",
+)
 
 
 def scheduled(num_layers: int, steps: int = 1) -> cs.STA:

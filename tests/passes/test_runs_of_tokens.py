@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +191,56 @@ def test_the_same_tokens_with_something_added_are_no_other_sequence() -> None:
 
     inputs = [tokens(1, LENGTH) for _ in range(2)]
     assert record(model, *inputs, grid_thw=GRID)[0].outcomes == ["sparse"] * 2
+
+
+# A block alone, whose rotary table is an input over text and video.
+
+
+def _rotated(x: Tensor, table: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * table.cos() + torch.cat((-second, first), -1) * table.sin()
+
+
+def _joint(edit: Callable[[Tensor, Tensor], Tensor]) -> tuple[Any, list[Tensor]]:
+    attn = Attention().requires_grad_(False)
+
+    def model(text: Tensor, video: Tensor, table: Tensor) -> Tensor:
+        return attn(torch.cat([text, video], 1), edit=lambda x: edit(x, table))
+
+    return model, [tokens(1, 7), tokens(1, LENGTH)]
+
+
+def _rotated_after(x: Tensor, table: Tensor) -> Tensor:
+    x[:, 7:] = _rotated(x[:, 7:], table)
+    return x
+
+
+def _rotated_elsewhere(x: Tensor, table: Tensor) -> Tensor:
+    x[:, 7:] = _rotated(x[:, 6:-1], table)
+    return x
+
+
+def _swapped(x: Tensor, table: Tensor) -> Tensor:
+    return torch.cat([x[:, 7:], x[:, :7]], 1) * table
+
+
+@pytest.mark.parametrize(("edit", "rows"), [(_rotated, 67), (_rotated_after, LENGTH)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_table_for_text_and_video_that_comes_from_outside_keeps_the_layout(
+    edit: Any, rows: int, dynamic: bool
+) -> None:
+    model, inputs = _joint(edit)
+    inputs.append(torch.randn(1, rows, 1, 8))
+    backend, actual = record(model, *inputs, grid_thw=GRID, dynamic=dynamic)
+    assert backend.outcomes == ["sparse"]
+    assert_close(actual, expected_output(model, *inputs, text=cs.Text(before=7)))
+
+
+@pytest.mark.parametrize(("edit", "rows"), [(_rotated_elsewhere, LENGTH), (_swapped, 67)])
+def test_a_table_does_not_hide_that_tokens_moved(edit: Any, rows: int) -> None:
+    model, inputs = _joint(edit)
+    backend, _ = record(model, *inputs, torch.randn(1, rows, 1, 8), grid_thw=GRID)
+    assert backend.outcomes == ["layout_unknown"]
 
 
 def test_text_of_the_videos_length_is_told_from_it_by_the_graph() -> None:
