@@ -9,6 +9,7 @@ from typing import Any
 
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import size_key
+from compiled_sparse.passes.rearranged import mixes_orders
 from compiled_sparse.passes.tracks import Atom
 from compiled_sparse.passes.tracks import Kind
 from compiled_sparse.passes.tracks import Part
@@ -50,6 +51,8 @@ def merge(left: Track, right: Track, *, positions: bool = False) -> Track | None
         return left
     if is_bare(left):
         return right
+    if mixes_orders(left, right):
+        return None
     if _aligned(left, right):
         merged = [_merge_parts(a, b, positions) for a, b in zip(left, right, strict=True)]
         parts = tuple(part for part in merged if part is not None)

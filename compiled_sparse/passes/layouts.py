@@ -92,6 +92,10 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
         return Refusal(
             "layout_unknown", "queries, keys and values are not provably the same tokens"
         )
+    if not site.has_one_batch:
+        return Refusal(
+            "layout_unknown", "queries, keys and values may be of different members of the batch"
+        )
     layout = _given_layout(site, given) or _layout_of_graph(site, is_placed)
     if layout is not None:
         return layout

@@ -29,6 +29,9 @@ from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
+from compiled_sparse.passes.picks import Pick
+from compiled_sparse.passes.picks import own_picks
+from compiled_sparse.passes.picks import source_of
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import axis_track
 from compiled_sparse.passes.tracks import constant_tracks
@@ -105,6 +108,7 @@ class Provenance:
         self._values: dict[fx.Node, TrackValue] = {}
         self._by_storage: dict[int, list[fx.Node]] = {}
         self._from_video: set[fx.Node] = set()
+        self._picks: dict[fx.Node, frozenset[Pick]] = {}
 
     def run(self) -> Iterator[Visit]:
         """Walk the graph, yielding each node before its own rule is applied."""
@@ -122,6 +126,7 @@ class Provenance:
                 self._by_storage.setdefault(storage, []).append(node)
             if any(self.is_from_video(argument) for argument in node.all_input_nodes):
                 self._from_video.add(node)
+            self._note_picks(node)
 
     def of(self, node: Any) -> Tracks:
         """Return the tracks of a tensor node; unknown ones are new streams."""
@@ -152,6 +157,18 @@ class Provenance:
     def is_from_video(self, node: Any) -> bool:
         """Whether a node was computed from a patch embedding, however its tokens were moved."""
         return node in self._from_video
+
+    def picks_of(self, node: Any) -> frozenset[Pick]:
+        """Return what was picked from batch dimensions on the way to a node."""
+        return self._picks.get(node, frozenset())
+
+    def _note_picks(self, node: fx.Node) -> None:
+        picks = frozenset[Pick]().union(*map(self.picks_of, node.all_input_nodes))
+        source = source_of(node)
+        if source is not None and shape_of(node) is not None:
+            picks |= frozenset(own_picks(node, self.of(source), self.of(node)))
+        if picks:
+            self._picks[node] = picks
 
     def overwrite(self, node: fx.Node, target: fx.Node, tracks: Tracks) -> None:
         """Replace the tracks of a tensor that `node` wrote to.
@@ -215,6 +232,7 @@ class Provenance:
             argument = self._arguments.pop(0)
             if self._outer.is_from_video(argument):
                 self._from_video.add(node)
+            self._picks[node] = self._outer.picks_of(argument)
             return self._outer.of(argument) if isinstance(argument, fx.Node) else None
         shape = shape_of(node)
         if shape is None:

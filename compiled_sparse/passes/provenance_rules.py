@@ -22,6 +22,7 @@ from compiled_sparse.passes.op_names import REDUCTIONS
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import TrackValue
 from compiled_sparse.passes.provenance import rule
+from compiled_sparse.passes.rearranged import contradiction
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import constant_tracks
@@ -73,8 +74,7 @@ def broadcast_tracks(
                 continue
             before, dim = result[offset + i], offset + i
             merged = merge(before, track, positions=op_name(node) in PRODUCTS)
-            constant = is_constant(before) and is_constant(track)
-            result[dim] = merged or stream(shape[dim], *(() if constant else ((node, dim),)))
+            result[dim] = merged or contradiction(node, dim, shape[dim], before, track)
     return tuple(result)
 
 

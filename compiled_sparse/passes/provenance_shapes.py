@@ -20,6 +20,8 @@ from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import TrackValue
 from compiled_sparse.passes.provenance import rule
+from compiled_sparse.passes.provenance_order import moved_dims
+from compiled_sparse.passes.provenance_order import scattered
 from compiled_sparse.passes.provenance_rules import argument
 from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_rules import rank_of
@@ -243,7 +245,31 @@ def _getitem(analysis: Provenance, node: fx.Node) -> TrackValue:
     if analysis.is_tuple(source):
         return analysis.outputs_of(source, index) if isinstance(index, int) else None
     items = index_items(index, rank_of(source))
-    return None if items is None else _index_tracks(analysis, node, source, items)
+    if items is None:
+        return _gathered(analysis, node, source, index)
+    return _index_tracks(analysis, node, source, items)
+
+
+@rule("index")
+def _index(analysis: Provenance, node: fx.Node) -> TrackValue:
+    """Indexing by tensors as `aten::index` writes it: None where a dimension is kept."""
+    source, given = operand_of(node), argument(node, 1, "indices")
+    if not isinstance(source, fx.Node) or not isinstance(given, Sequence):
+        return None
+    index = tuple(slice(None) if item is None else item for item in given)
+    return _gathered(analysis, node, source, index)
+
+
+def _gathered(analysis: Provenance, node: fx.Node, source: fx.Node, index: Any) -> TrackValue:
+    """Positions picked by tensors are in whatever order these say."""
+    shape = shape_of(node)
+    if shape is None:
+        return None
+    items = list(index) if isinstance(index, tuple) else [index]
+    picked = [i for i, item in enumerate(items) if item != slice(None)]
+    if len(picked) == 1 and len(shape) == rank_of(source) and items[picked[0]] is not Ellipsis:
+        return moved_dims(analysis, node, picked)
+    return scattered(node, shape, analysis.of(source))
 
 
 def index_items(index: Any, rank: int) -> list[Any] | None:

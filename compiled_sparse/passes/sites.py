@@ -18,6 +18,7 @@ from compiled_sparse.passes import provenance_rules as _rules  # noqa: F401 - re
 from compiled_sparse.passes import provenance_shapes as _shapes  # noqa: F401 - registers the rules
 from compiled_sparse.passes import provenance_sources as _sources  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_writes as _writes  # noqa: F401 - registers the rules
+from compiled_sparse.passes.combining import shares_provenance
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
@@ -28,6 +29,7 @@ from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import Visit
 from compiled_sparse.passes.tracks import Track
+from compiled_sparse.passes.tracks import track_size
 
 SDPA = F.scaled_dot_product_attention
 _SDPA_TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
@@ -48,6 +50,7 @@ class Site:
         key_track: What the key positions are.
         value_track: What the value positions are.
         batch_track: What the queries' first dimension is.
+        has_one_batch: Whether queries, keys and values are provably of the same batch members.
         graph_has_video: Whether there is a patch embedding in the graph.
         query_from_video: Whether the queries are computed from a patch embedding.
         key_from_video: Whether the keys are.
@@ -64,6 +67,7 @@ class Site:
     key_track: Track
     value_track: Track
     batch_track: Track
+    has_one_batch: bool
     graph_has_video: bool
     query_from_video: bool
     key_from_video: bool
@@ -164,8 +168,21 @@ def _site(visit: Visit, root: fx.GraphModule) -> Site:
         key_track=key[-2],
         value_track=value[-2],
         batch_track=query[0],
+        has_one_batch=_has_one_batch(analysis, arguments),
         graph_has_video=analysis.num_video_sources > 0,
         query_from_video=analysis.is_from_video(arguments["query"]),
         key_from_video=analysis.is_from_video(arguments["key"]),
         lost_at=analysis.lost_at,
     )
+
+
+def _has_one_batch(analysis: Provenance, arguments: dict[str, Any]) -> bool:
+    nodes = [arguments[name] for name in ("query", "key", "value")]
+    query, key, value = (analysis.of(node)[0] for node in nodes)
+    of_query, of_key, of_value = map(analysis.picks_of, nodes)
+    if of_query != of_key or not of_value <= of_query:
+        return False
+    sizes = [track_size(track) for track in (query, key, value)]
+    if any(same(size, 1) for size in sizes):  # one member, or refused as a broadcast
+        return True
+    return query == key == value or shares_provenance(query, key, value)

@@ -127,7 +127,7 @@ DIRECT: dict[str, tuple[str, tuple[Callable[[Tensor], Tensor], Tensor]]] = {
     "five dimensions": ("rank_unsupported", _attend_directly((1, 1, 2, LENGTH, 8))),
     "keys shared by the batch": (
         "broadcast_unsupported",
-        _attend_directly((2, 1, LENGTH, 8), lambda q: (q, q[:1], q[:1])),
+        _attend_directly((2, 1, LENGTH, 8), lambda q: (q, *[q.mean(0, keepdim=True)] * 2)),
     ),
     "values shared by the heads": (
         "broadcast_unsupported",
