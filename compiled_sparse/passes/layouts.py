@@ -16,6 +16,7 @@ from compiled_sparse.passes.combining import same_raster
 from compiled_sparse.passes.combining import shares_provenance
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.rearranged import is_rearranged
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.tracks import Part
 from compiled_sparse.passes.tracks import Piece
@@ -40,7 +41,7 @@ class SiteLayout:
         origin: "metadata" or "graph".
         readers: Where the length of each axis can be read, where the graph proved the layout.
         by_length: The tokens that were taken for the video because there are as many as the caller
-            said; empty where there was more to go by.
+            said; empty where a table of positions was there to go by, or the caller named the text.
     """
 
     grid: tuple[Any, ...]
@@ -144,10 +145,10 @@ def _by_length(track: Track, given: LayoutMetadata) -> SiteLayout | None:
         return None
     ((first, last),) = runs
     run, text = track[first:last], (track[:first], track[last:])
-    if not bool(track_size(run) == given.num_video_tokens):
+    if is_rearranged(run) or not bool(track_size(run) == given.num_video_tokens):
         return None
     before, after = (int(track_size(part)) for part in text)
-    unproven = () if has_video(run) or any(map(_positions, run)) else run
+    unproven = () if any(map(_positions, run)) else run
     return SiteLayout(given.grid_thw, before, after, origin="metadata", by_length=unproven)
 
 

@@ -12,6 +12,7 @@ from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import atoms_of
+from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.registry import Refused
 
 Outcome = SiteLayout | Refusal | Refused
@@ -37,21 +38,26 @@ def refuse_lookalikes(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> lis
         The outcomes after.
     """
     runs = [_run_by_length(outcome) for outcome in outcomes]
-    by_root: dict[fx.GraphModule, list[frozenset[object]]] = {}
+    by_root: dict[fx.GraphModule, list[Track]] = {}
     for site, run in zip(sites, runs, strict=True):
         if run:
-            by_root.setdefault(site.root, []).append(_origins(run))
-    unlike = {root for root, names in by_root.items() if not _are_alike(names)}
+            by_root.setdefault(site.root, []).append(run)
+    unlike = {root for root, group in by_root.items() if not _are_alike(group)}
     return [
         _REFUSAL if run and site.root in unlike else outcome
         for site, run, outcome in zip(sites, runs, outcomes, strict=True)
     ]
 
 
-def _are_alike(names: list[frozenset[object]]) -> bool:
-    """Whether all are one sequence, to which something may have been added later."""
-    fewest = min(names, key=len)
-    return all(fewest <= each for each in names)
+def _are_alike(runs: list[Track]) -> bool:
+    """Whether all are one sequence, to which something may have been added later.
+
+    What is left of a video whose tokens were lost on the way is the caller's word.
+    """
+    videos = {run for run in runs if has_video(run)}
+    names = [_origins(run) for run in runs if not has_video(run)]
+    fewest = min(names, key=len, default=frozenset())
+    return len(videos) <= 1 and all(fewest <= each for each in names)
 
 
 def _run_by_length(outcome: Outcome) -> Track:

@@ -105,6 +105,14 @@ REDUCTIONS = (
     "norm",
     "prod",
 )
+MIXING = (
+    *REDUCTIONS,
+    "bmm",
+    "linear",
+    "matmul",
+    "mm",
+    "scaled_dot_product_attention",
+)
 CONSTANTS = (
     "empty",
     "empty_like",

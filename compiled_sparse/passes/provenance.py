@@ -29,12 +29,14 @@ from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
+from compiled_sparse.passes.op_names import MIXING
 from compiled_sparse.passes.picks import Pick
 from compiled_sparse.passes.picks import own_picks
 from compiled_sparse.passes.picks import source_of
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import axis_track
 from compiled_sparse.passes.tracks import constant_tracks
+from compiled_sparse.passes.tracks import is_bare
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import latent_axes
 from compiled_sparse.passes.tracks import stream
@@ -204,11 +206,22 @@ class Provenance:
         if apply is None:
             self._notice_writes(node)
         elif (value := apply(self, node)) is not None:
-            return value
+            return self._named(node, value) if op_name(node) in MIXING else value
         shape = shape_of(node)
         if shape is not None and self._only_constants(node):
             return constant_tracks(shape)
         return None
+
+    def _named(self, node: fx.Node, value: TrackValue) -> TrackValue:
+        """Name dimensions that came from a constant factor: they hold sums over others'."""
+        if not isinstance(value, tuple) or self._only_constants(node):
+            return value
+        return tuple(
+            stream(track_size(track), (node, dim))
+            if is_bare(track) and not same(track_size(track), 1)
+            else track
+            for dim, track in enumerate(value)
+        )
 
     def _notice_writes(self, node: fx.Node) -> None:
         """An op without a rule that writes ends the analysis, unless only constants are written."""

@@ -71,6 +71,8 @@ def _convolution(analysis: Provenance, node: fx.Node) -> TrackValue:
     tracks = analysis.of(operand)
     if any(map(has_video, tracks[2:])):
         return _convolved_grid(analysis, node, operand, shape)
+    if analysis.is_from_video(operand):
+        return None  # tokens whose order was lost on the way are no fresh input
     latents = [piece for track in tracks[2:] if (piece := _latent(track)) is not None]
     if not _is_ascending(latents):
         return None

@@ -24,6 +24,7 @@ from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_rules import pointwise
 from compiled_sparse.passes.provenance_shapes import index_items
 from compiled_sparse.passes.provenance_shapes import slice_dim
+from compiled_sparse.passes.rearranged import is_rearranged
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import has_video
@@ -40,7 +41,9 @@ def _writing_pointwise(analysis: Provenance, node: fx.Node) -> TrackValue:
     old = analysis.of(target)
     # What a tensor held stays where it was; only where nothing was known there is news.
     pairs = zip(old, result, strict=True)
-    tracks = tuple(new if is_constant(track) else track for track, new in pairs)
+    tracks = tuple(
+        new if is_constant(track) or is_rearranged(new) else track for track, new in pairs
+    )
     analysis.overwrite(node, target, tracks)
     return tracks
 

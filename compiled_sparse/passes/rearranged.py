@@ -59,10 +59,15 @@ def flipped(track: Track, size: Any) -> Track:
 
 def contradiction(node: fx.Node, dim: int, size: Any, left: Track, right: Track) -> Track:
     """Return the track of a dimension made of two that are not known to be aligned."""
-    if any(has_video(track) or any(_sources(track)) for track in (left, right)):
+    if any(has_video(track) or is_rearranged(track) for track in (left, right)):
         return rearranged(node, dim, size, left, right)
     constant = is_constant(left) and is_constant(right)
     return stream(size, *(() if constant else ((node, dim),)))
+
+
+def is_rearranged(track: Track) -> bool:
+    """Whether any of a track's tokens were put in another order."""
+    return next(_sources(track), None) is not None
 
 
 def mixes_orders(left: Track, right: Track) -> bool:
