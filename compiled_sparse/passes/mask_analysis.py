@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import example_value
-from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
@@ -27,9 +26,9 @@ from compiled_sparse.passes.mask_values import Leaf
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.mask_values import constant
 from compiled_sparse.passes.mask_values import leaf_value
-from compiled_sparse.passes.provenance import is_trusted
-from compiled_sparse.passes.provenance import may_write
-from compiled_sparse.passes.provenance import shape_writes
+from compiled_sparse.passes.writes import is_trusted
+from compiled_sparse.passes.writes import shape_writes
+from compiled_sparse.passes.writes import writes
 
 MaskRule = Callable[["MaskAnalysis", fx.Node], "MaskValue | None"]
 
@@ -159,7 +158,7 @@ class MaskAnalysis:
         elif trusted and name in RULES:
             value = RULES[name](self, node)
             self._values[node] = self.fresh(node) if value is None else value
-        elif may_write(node) or _holds_writes(node, self.owner):
+        elif writes(node, self.owner):
             self._forget(node, _memory(node.all_input_nodes))
 
     def _placeholder(self, node: fx.Node) -> MaskValue | None:
@@ -229,14 +228,3 @@ def _possible(value: MaskValue | None) -> list[Any] | None:
 
 def _memory(nodes: Sequence[fx.Node]) -> set[int]:
     return {storage for node in nodes for storage in storage_of(node)}
-
-
-def _holds_writes(node: fx.Node, owner: fx.GraphModule) -> bool:
-    """Whether an operation on graphs (a branch, a loop) runs one that may write."""
-    graphs = [submodule_of(n, owner) for n in node.all_input_nodes]
-    return any(graph is not None and _writes_inside(graph) for graph in graphs)
-
-
-def _writes_inside(owner: fx.GraphModule) -> bool:
-    inner = (_writes_inside(module) for _, module in nested_graphs(owner))
-    return any(map(may_write, owner.graph.nodes)) or any(inner)
