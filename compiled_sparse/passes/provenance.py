@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from compiled_sparse.passes.tracks import latent_axes
 from compiled_sparse.passes.tracks import stream
 from compiled_sparse.passes.tracks import track_size
 from compiled_sparse.passes.writes import is_trusted
+from compiled_sparse.passes.writes import reached_by_writes
 from compiled_sparse.passes.writes import shape_writes
+from compiled_sparse.passes.writes import shared_at_run_time
 from compiled_sparse.passes.writes import writes
 
 TrackValue = Any  # Tracks of a tensor, a list of TrackValues for a tuple, or None
@@ -91,6 +94,7 @@ class Provenance:
         self._arguments = list(arguments)
         self._values: dict[fx.Node, TrackValue] = {}
         self._by_storage: dict[int, list[fx.Node]] = {}
+        self._shared: list[set[int]] = outer._shared if outer else shared_at_run_time(owner)
         self._from_video: set[fx.Node] = set()
 
     def run(self) -> Iterator[Visit]:
@@ -146,8 +150,8 @@ class Provenance:
         What was known of other views of the same memory no longer holds: from now on they go by
         names nothing had before the write.
         """
-        views = [view for storage in storage_of(target) for view in self._by_storage[storage]]
-        aliases = [view for view in dict.fromkeys(views) if view is not target]
+        views = self._views([target])
+        aliases = [view for view in views if view is not target]
         if self.is_from_video(node) or any(map(self.is_from_video, node.all_input_nodes)):
             self._from_video.update([target, *aliases])
         if tracks == self.of(target):
@@ -159,6 +163,13 @@ class Provenance:
             if _is_same_view(other, target):
                 self._values[other] = tracks
         self._values[target] = tracks
+
+    def _views(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Return all nodes so far that may change when the memory of these is written to."""
+        memory = {storage for node in nodes for storage in storage_of(node)}
+        reached = reached_by_writes(memory, self._shared)
+        views = [view for storage in reached for view in self._by_storage.get(storage, ())]
+        return list(dict.fromkeys(views))
 
     def lose(self, node: fx.Node) -> None:
         """Give up: `node` wrote something that cannot be followed."""
@@ -250,10 +261,12 @@ def _new_names(node: fx.Node, other: fx.Node) -> TrackValue:
 
 
 def _is_same_view(left: fx.Node, right: fx.Node) -> bool:
-    """Whether two nodes are one tensor: of the same shape and layout in the same memory."""
+    """Whether two nodes are surely one tensor: of the same layout in the same memory."""
     a, b = example_value(left), example_value(right)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dim() != b.dim():
         return False
+    if not storage_of(left) & storage_of(right):
+        return False  # only some runs make them one
     layouts = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
     return a.dtype == b.dtype and all(map(same, *layouts))
 

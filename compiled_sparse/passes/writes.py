@@ -9,6 +9,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
+from collections.abc import Sequence
 from types import BuiltinFunctionType
 from types import FunctionType
 from typing import Any
@@ -18,8 +19,11 @@ from torch._ops import HigherOrderOperator
 from torch._ops import OpOverload
 from torch._ops import OpOverloadPacket
 
+from compiled_sparse.passes.fx import CHECKPOINT_OPS
+from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
+from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
 
 _TORCH_MODULES = ("torch", "_operator", "operator")
@@ -28,6 +32,10 @@ _OPERATIONS = OpOverload | OpOverloadPacket
 _IN_PLACE_NAME = re.compile(r".*[^_]_|__(?:i[a-z]+|setitem)__")
 _WRITING_NAMES = frozenset({"triton_kernel_wrapper_mutation"})
 _WRITING_OPTIONS = ("out", "inplace", "max_norm")
+_DROPOUTS = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+    | {"alpha_dropout", "feature_alpha_dropout"}
+)
 _SHAPE_WRITES = frozenset(
     {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_"}
     | {"t_", "transpose_", "unsqueeze_"}
@@ -45,21 +53,10 @@ def writes(node: fx.Node, owner: fx.GraphModule) -> bool:
         node: The operation.
         owner: The graph module whose graph holds it.
     """
-    graphs = graphs_of(node, owner)
+    graphs = [g for each in node.all_input_nodes if (g := submodule_of(each, owner)) is not None]
     if isinstance(node.target, HigherOrderOperator) and not graphs:
         return True  # it runs something no graph shows
     return may_write(node) or any(map(_writes_inside, graphs))
-
-
-def graphs_of(node: fx.Node, owner: fx.GraphModule) -> list[fx.GraphModule]:
-    """Return the graphs an operation is handed to run.
-
-    Args:
-        node: The operation.
-        owner: The graph module whose graph holds it.
-    """
-    graphs = [submodule_of(each, owner) for each in node.all_input_nodes]
-    return [graph for graph in graphs if graph is not None]
 
 
 def _writes_inside(owner: fx.GraphModule) -> bool:
@@ -80,6 +77,44 @@ def may_write(node: fx.Node) -> bool:
     if not _is_torch(node) and not isinstance(node.target, _OPERATIONS | BuiltinFunctionType):
         return True
     return _IN_PLACE_NAME.fullmatch(name) is not None
+
+
+def shared_at_run_time(owner: fx.GraphModule) -> list[set[int]]:
+    """Return sets of memory that may be one at run time, although no fake tensors share it.
+
+    Dropout that drops nothing returns its input itself.
+
+    Args:
+        owner: The graph module; the graphs nested in it count too.
+    """
+    groups: list[set[int]] = []
+    modules = (owner, *all_nested(owner))
+    for node in (node for module in modules for node in module.graph.nodes):
+        if _may_return_its_input(node):
+            memory = {s for each in (node, *node.all_input_nodes) for s in storage_of(each)}
+            group = reached_by_writes(memory, groups)
+            groups = [*(other for other in groups if not other & group), group]
+    return groups
+
+
+def _may_return_its_input(node: fx.Node) -> bool:
+    """Whether a result may share memory of which its fake tensor says nothing.
+
+    Those of checkpoints are the fake tensors of the graphs inside.
+    """
+    name = op_name(node)
+    runs_others = isinstance(node.target, HigherOrderOperator) and name not in CHECKPOINT_OPS
+    return name in _DROPOUTS or runs_others
+
+
+def reached_by_writes(memory: set[int], groups: Sequence[set[int]]) -> set[int]:
+    """Return all memory that a write to some of it may reach.
+
+    Args:
+        memory: What is written to.
+        groups: As `shared_at_run_time` returns them.
+    """
+    return memory.union(*(group for group in groups if group & memory))
 
 
 def shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:

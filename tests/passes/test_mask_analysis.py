@@ -224,6 +224,28 @@ def test_a_bias_written_without_a_telling_name_is_not_known_any_more(
     assert isinstance(read(build, *vectors()).form, Refusal)
 
 
+def _through_what_dropout_returned(m: Tensor) -> Tensor:
+    bias = torch.where(m, 0.0, float("-inf"))
+    F.dropout(bias, 0.1, training=False).zero_()
+    return bias
+
+
+def _behind_what_dropout_returned(m: Tensor) -> Tensor:
+    own = m.clone()
+    mask = F.dropout(own, 0.1, training=False) & True
+    own.logical_not_()
+    return mask
+
+
+@pytest.mark.parametrize("written", [_through_what_dropout_returned, _behind_what_dropout_returned])
+def test_a_write_reaches_what_dropout_returned_as_it_was(
+    written: Callable[[Tensor], Tensor],
+) -> None:
+    reading = read(lambda m, n: written(m)[:, None, None], *vectors())
+    if isinstance(reading.form, MaskForm):
+        assert_true(reading, written(vectors()[0])[:, None, None])
+
+
 def test_a_shape_changed_in_place_ends_the_analysis() -> None:
     """Dynamo shows the shape after the write for the nodes before it as well."""
 
