@@ -181,13 +181,37 @@ def _slice_of_a_slice(m: Tiny, x: Tensor) -> Tensor:
     return m.attn(x)
 
 
+def _without_gradients(m: Tiny, x: Tensor) -> Tensor:
+    tokens = raster(x).clone()
+    with torch.no_grad():
+        tokens[:, :30] = tokens[:, 30:].clone()
+    return m.attn(tokens)
+
+
+def _under_autocast(m: Tiny, x: Tensor) -> Tensor:
+    tokens = raster(x).clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens[:, :30] = tokens[:, 30:].clone()
+    return m.attn(tokens)
+
+
 def _shape_hidden(m: Tiny, x: Tensor) -> Tensor:
     x = raster(x).clone()
     x.copy_(x.flip(1))
     return m.attn(x)
 
 
-@pytest.mark.parametrize("body", [_halves_swapped, _written_over, _slice_of_a_slice, _shape_hidden])
+@pytest.mark.parametrize(
+    "body",
+    [
+        _halves_swapped,
+        _written_over,
+        _slice_of_a_slice,
+        _shape_hidden,
+        _without_gradients,
+        _under_autocast,
+    ],
+)
 def test_tokens_written_to_other_places_are_not_taken_for_the_video(body: Any) -> None:
     report = cs.rewrite_exported(exported(Tiny(body), video()), POLICY).report
     assert report.num_sparse == 0

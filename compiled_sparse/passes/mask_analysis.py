@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import example_value
-from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
@@ -27,9 +26,11 @@ from compiled_sparse.passes.mask_values import Leaf
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.mask_values import constant
 from compiled_sparse.passes.mask_values import leaf_value
-from compiled_sparse.passes.provenance import is_trusted
-from compiled_sparse.passes.provenance import may_write
-from compiled_sparse.passes.provenance import shape_writes
+from compiled_sparse.passes.writes import is_trusted
+from compiled_sparse.passes.writes import reached_by_writes
+from compiled_sparse.passes.writes import shape_writes
+from compiled_sparse.passes.writes import shared_at_run_time
+from compiled_sparse.passes.writes import writes
 
 MaskRule = Callable[["MaskAnalysis", fx.Node], "MaskValue | None"]
 
@@ -88,6 +89,7 @@ class MaskAnalysis:
         self.at_sites: dict[fx.Node, MaskValue | None] = {} if outer is None else outer.at_sites
         self.is_lost: bool = outer.is_lost if outer is not None else any(shape_writes(owner))
         self.outputs: Any = None
+        self._shared: list[set[int]] = outer._shared if outer else shared_at_run_time(owner)
         self._outer = outer
         self._arguments = list(arguments)
         self._values: dict[fx.Node, MaskValue | None] = {}
@@ -159,8 +161,8 @@ class MaskAnalysis:
         elif trusted and name in RULES:
             value = RULES[name](self, node)
             self._values[node] = self.fresh(node) if value is None else value
-        elif may_write(node) or _holds_writes(node, self.owner):
-            self._forget(node, _memory(node.all_input_nodes))
+        elif writes(node, self.owner):
+            self._forget(node.all_input_nodes)
 
     def _placeholder(self, node: fx.Node) -> MaskValue | None:
         if self._outer is None or not self._arguments:
@@ -171,8 +173,7 @@ class MaskAnalysis:
     def _write(self, node: fx.Node, value: MaskValue | None) -> None:
         """Set what the first argument holds after `node` wrote to it."""
         target = node.args[0] if node.args else None
-        written = _memory([target] if isinstance(target, fx.Node) else node.all_input_nodes)
-        gone = self._forget(node, written)
+        gone = self._forget([target] if isinstance(target, fx.Node) else node.all_input_nodes)
         if not isinstance(target, fx.Node) or self.is_lost:
             return
         if value is None or any(atom.leaf in gone for atom in value.atoms):
@@ -181,8 +182,10 @@ class MaskAnalysis:
         if shape_of(node) is not None:
             self._values[node] = value
 
-    def _forget(self, node: fx.Node, memory: set[int]) -> set[Leaf]:
-        """Forget what `memory` held, and what was said in terms of it; return the leaves gone."""
+    def _forget(self, written: Sequence[fx.Node]) -> set[Leaf]:
+        """Forget what these held, and what was said in terms of it; return the leaves gone."""
+        own = {storage for node in written for storage in storage_of(node)}
+        memory = reached_by_writes(own, self._shared)
         if not memory:
             return set()
         owned = [n for n in self.owner.graph.nodes if n.op in ("placeholder", "get_attr")]
@@ -225,18 +228,3 @@ class MaskAnalysis:
 
 def _possible(value: MaskValue | None) -> list[Any] | None:
     return None if value is None or len(value.values) > 2 else value.values
-
-
-def _memory(nodes: Sequence[fx.Node]) -> set[int]:
-    return {storage for node in nodes for storage in storage_of(node)}
-
-
-def _holds_writes(node: fx.Node, owner: fx.GraphModule) -> bool:
-    """Whether an operation on graphs (a branch, a loop) runs one that may write."""
-    graphs = [submodule_of(n, owner) for n in node.all_input_nodes]
-    return any(graph is not None and _writes_inside(graph) for graph in graphs)
-
-
-def _writes_inside(owner: fx.GraphModule) -> bool:
-    inner = (_writes_inside(module) for _, module in nested_graphs(owner))
-    return any(map(may_write, owner.graph.nodes)) or any(inner)

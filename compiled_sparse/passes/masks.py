@@ -24,8 +24,8 @@ from compiled_sparse.passes.mask_forms import find_form
 from compiled_sparse.passes.mask_nodes import NodeWriter
 from compiled_sparse.passes.mask_nodes import can_be_written
 from compiled_sparse.passes.mask_nodes import write_content
-from compiled_sparse.passes.provenance import is_trusted
 from compiled_sparse.passes.sites import Site
+from compiled_sparse.passes.writes import is_trusted
 
 
 @dataclass(frozen=True)

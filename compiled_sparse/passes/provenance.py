@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
-from torch._ops import OpOverloadPacket
 
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import MODULE_STATE
 from compiled_sparse.passes.fx import example_value
-from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
@@ -41,26 +38,19 @@ from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import latent_axes
 from compiled_sparse.passes.tracks import stream
 from compiled_sparse.passes.tracks import track_size
+from compiled_sparse.passes.writes import is_trusted
+from compiled_sparse.passes.writes import reached_by_writes
+from compiled_sparse.passes.writes import shape_writes
+from compiled_sparse.passes.writes import shared_at_run_time
+from compiled_sparse.passes.writes import writes
 
 TrackValue = Any  # Tracks of a tensor, a list of TrackValues for a tuple, or None
 Rule = Callable[["Provenance", fx.Node], TrackValue]
 
 RULES: dict[str, Rule] = {}
 
-_TORCH_MODULES = ("torch", "_operator", "operator")
 _LATENT_RANKS = (4, 5)
-_OPERATIONS = OpOverload | OpOverloadPacket
-_IN_PLACE_NAME = re.compile(r".*[^_]_|__(?:i[a-z]+|setitem)__")
 _STATE_NAME = re.compile(r"\b_(?:parameters|buffers|modules)(?:'\])?\[")
-_WRITING_NAMES = frozenset({"triton_kernel_wrapper_mutation"})
-_SHAPE_WRITES = frozenset(
-    {"as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_"}
-    | {"t_", "transpose_", "unsqueeze_"}
-)
-_WRITING_OPERATORS = frozenset(
-    {"setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"}
-    | {"imatmul", "iand", "ior", "ixor", "ilshift", "irshift", "iconcat"}
-)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -109,6 +99,7 @@ class Provenance:
         self._arguments = list(arguments)
         self._values: dict[fx.Node, TrackValue] = {}
         self._by_storage: dict[int, list[fx.Node]] = {}
+        self._shared: list[set[int]] = outer._shared if outer else shared_at_run_time(owner)
         self._from_video: set[fx.Node] = set()
         self._picks: dict[fx.Node, frozenset[Pick]] = {}
 
@@ -178,8 +169,8 @@ class Provenance:
         What was known of other views of the same memory no longer holds: from now on they go by
         names nothing had before the write.
         """
-        views = [view for storage in storage_of(target) for view in self._by_storage[storage]]
-        aliases = [view for view in dict.fromkeys(views) if view is not target]
+        views = self._views([target])
+        aliases = [view for view in views if view is not target]
         if self.is_from_video(node) or any(map(self.is_from_video, node.all_input_nodes)):
             self._from_video.update([target, *aliases])
         if tracks == self.of(target):
@@ -191,6 +182,13 @@ class Provenance:
             if _is_same_view(other, target):
                 self._values[other] = tracks
         self._values[target] = tracks
+
+    def _views(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Return all nodes so far that may change when the memory of these is written to."""
+        memory = {storage for node in nodes for storage in storage_of(node)}
+        reached = reached_by_writes(memory, self._shared)
+        views = [view for storage in reached for view in self._by_storage.get(storage, ())]
+        return list(dict.fromkeys(views))
 
     def lose(self, node: fx.Node) -> None:
         """Give up: `node` wrote something that cannot be followed."""
@@ -225,7 +223,7 @@ class Provenance:
 
     def _notice_writes(self, node: fx.Node) -> None:
         """An op without a rule that writes ends the analysis, unless only constants are written."""
-        if may_write(node) and not self._only_constants(node):
+        if writes(node, self.owner) and not self._only_constants(node):
             self.lose(node)
 
     def _fitting(self, node: fx.Node, value: TrackValue) -> TrackValue:
@@ -286,58 +284,6 @@ class Provenance:
         return self._values.get(result) if isinstance(result, fx.Node) else None
 
 
-def shape_writes(owner: fx.GraphModule) -> Iterator[fx.Node]:
-    """Writes that change a tensor's shape in place.
-
-    Dynamo records one value per tensor, so that even the nodes before such a write show the shape
-    it has after it.
-    """
-    for node in owner.graph.nodes:
-        if op_name(node).split(".")[0] in _SHAPE_WRITES:
-            yield node
-    for _, submodule in nested_graphs(owner):
-        yield from shape_writes(submodule)
-
-
-def may_write(node: fx.Node) -> bool:
-    """Whether an op may write into its inputs, by its schema, name or origin."""
-    name = op_name(node)
-    if "out" in node.kwargs or name in _WRITING_NAMES or _has_mutable_schema(node.target):
-        return True
-    if _module_of(node) in ("_operator", "operator"):
-        return name in _WRITING_OPERATORS
-    if not _is_torch(node) and not isinstance(node.target, _OPERATIONS | BuiltinFunctionType):
-        return True
-    return _IN_PLACE_NAME.fullmatch(name) is not None
-
-
-def _has_mutable_schema(target: Any) -> bool:
-    if isinstance(target, OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
-    return isinstance(target, OpOverload) and target._schema.is_mutable
-
-
-def _module_of(node: fx.Node) -> str:
-    return str(getattr(node.target, "__module__", None) or type(node.target).__module__)
-
-
-def _is_torch(node: fx.Node) -> bool:
-    return node.op == "call_method" or _module_of(node).split(".")[0] in _TORCH_MODULES
-
-
-def is_trusted(node: fx.Node) -> bool:
-    """Whether a name means what it means in torch.
-
-    A user's function or custom op may share a torch function's name. A result written to `out=`
-    needs no rule: the write ends the analysis.
-    """
-    if "out" in node.kwargs:
-        return False
-    if isinstance(node.target, _OPERATIONS):
-        return _module_of(node).split(".")[:3] == ["torch", "_ops", "aten"]
-    return _is_torch(node)
-
-
 def _new_names(node: fx.Node, other: fx.Node) -> TrackValue:
     shape = shape_of(other)
     if shape is None:
@@ -346,10 +292,12 @@ def _new_names(node: fx.Node, other: fx.Node) -> TrackValue:
 
 
 def _is_same_view(left: fx.Node, right: fx.Node) -> bool:
-    """Whether two nodes are one tensor: of the same shape and layout in the same memory."""
+    """Whether two nodes are surely one tensor: of the same layout in the same memory."""
     a, b = example_value(left), example_value(right)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dim() != b.dim():
         return False
+    if not storage_of(left) & storage_of(right):
+        return False  # only some runs make them one
     layouts = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
     return a.dtype == b.dtype and all(map(same, *layouts))
 

@@ -203,6 +203,49 @@ def test_a_bias_written_over_with_numbers_is_not_known_any_more() -> None:
     assert isinstance(read(build, *vectors()).form, Refusal)
 
 
+HIDDEN_WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "numpy items": lambda bias: bias.numpy().__setitem__((slice(None), slice(3)), 0.0),
+    "numpy method": lambda bias: bias.numpy().fill(0.0),
+    "option by name": lambda bias: F.relu(bias, inplace=True),
+    "option by position": lambda bias: F.hardtanh(bias, 0.0, 1.0, True),
+    "result by position": lambda bias: F.normalize(bias.exp(), 2.0, -1, 1e-12, bias),
+}
+
+
+@pytest.mark.parametrize("write", HIDDEN_WRITES.values(), ids=HIDDEN_WRITES)
+def test_a_bias_written_without_a_telling_name_is_not_known_any_more(
+    write: Callable[[Tensor], Any],
+) -> None:
+    def build(m: Tensor, n: Tensor) -> Tensor:
+        bias = torch.where(m, 0.0, float("-inf"))
+        write(bias)
+        return bias[:, None, None]
+
+    assert isinstance(read(build, *vectors()).form, Refusal)
+
+
+def _through_what_dropout_returned(m: Tensor) -> Tensor:
+    bias = torch.where(m, 0.0, float("-inf"))
+    F.dropout(bias, 0.1, training=False).zero_()
+    return bias
+
+
+def _behind_what_dropout_returned(m: Tensor) -> Tensor:
+    own = m.clone()
+    mask = F.dropout(own, 0.1, training=False) & True
+    own.logical_not_()
+    return mask
+
+
+@pytest.mark.parametrize("written", [_through_what_dropout_returned, _behind_what_dropout_returned])
+def test_a_write_reaches_what_dropout_returned_as_it_was(
+    written: Callable[[Tensor], Tensor],
+) -> None:
+    reading = read(lambda m, n: written(m)[:, None, None], *vectors())
+    if isinstance(reading.form, MaskForm):
+        assert_true(reading, written(vectors()[0])[:, None, None])
+
+
 def test_a_shape_changed_in_place_ends_the_analysis() -> None:
     """Dynamo shows the shape after the write for the nodes before it as well."""
 
