@@ -26,6 +26,7 @@ from compiled_sparse.passes.rearranged import contradiction
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import constant_tracks
+from compiled_sparse.passes.tracks import is_bare
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
 
@@ -89,9 +90,15 @@ def _where(analysis: Provenance, node: fx.Node) -> TrackValue:
     choices = [broadcast_tracks(analysis, node, shape, [operand]) for operand in operands]
     result = broadcast_tracks(analysis, node, shape, operands)
     return tuple(
-        track if all(c == track or is_constant(c) for c in each) else stream(shape[i], (node, i))
+        track if all(_may_stand_beside(c, track) for c in each) else stream(shape[i], (node, i))
         for i, (track, *each) in enumerate(zip(result, *choices, strict=True))
     )
+
+
+def _may_stand_beside(choice: Track, track: Track) -> bool:
+    """Whether some positions may hold something else: constants may, but not in a table."""
+    is_table = is_constant(track) and not is_bare(track)
+    return choice == track or (is_constant(choice) and not is_table)
 
 
 @rule(*LIKE_FIRST)

@@ -17,6 +17,7 @@ from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
+from compiled_sparse.passes.tracks import is_bare
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
 
@@ -33,7 +34,7 @@ def rearranged(node: fx.Node, dim: int, size: Any, *before: Track) -> Track:
         size: Its length.
         *before: What it was made of.
     """
-    if all(map(is_constant, before)):
+    if all(map(is_bare, before)):
         return stream(size)
     sources = frozenset(atom for track in before for atom in atoms_of(track))
     return stream(size, (_REARRANGED, node, dim, sources))
@@ -46,7 +47,7 @@ def flipped(track: Track, size: Any) -> Track:
         track: What is reversed.
         size: Its length.
     """
-    if is_constant(track):
+    if is_bare(track):
         return stream(size)
     atoms = tuple(atoms_of(track))
     origins = atoms[0].origins if len(atoms) == 1 and isinstance(atoms[0], Stream) else frozenset()
