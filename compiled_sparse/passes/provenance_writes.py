@@ -29,6 +29,7 @@ from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
+from compiled_sparse.passes.tracks import track_size
 
 
 @rule(*WRITING_POINTWISE)
@@ -158,7 +159,9 @@ def _with_run(old: Track, size: Any, item: slice, new: Track) -> Track | None:
 def _beside(old: Track, new: Track, fresh: Track) -> Track | None:
     """Old and new content share a dimension of which both hold all positions."""
     if is_constant(new):
-        return old
+        # Another table may hold the same places in another order; what is spread has no order.
+        other = is_constant(old) and new != old and same(track_size(new), track_size(old))
+        return fresh if other else old
     if is_constant(old):
         return new
     return common(old, new) or (None if has_video(old) else fresh)
