@@ -223,8 +223,16 @@ class Provenance:
 
     def _notice_writes(self, node: fx.Node) -> None:
         """An op without a rule that writes ends the analysis, unless only constants are written."""
-        if writes(node, self.owner) and not self._only_constants(node):
+        if not writes(node, self.owner):
+            return
+        views = self._views(node.all_input_nodes)
+        given = self._outer is not None and any(view.op == "placeholder" for view in views)
+        if given or not self._only_constants(node):
             self.lose(node)
+        for view in views:  # tables of positions may be in another order now
+            known = shape_of(view) is not None and self._is_constant(view)
+            bare = constant_tracks(shape_of(view) or ())
+            self._values[view] = bare if known else _new_names(node, view)
 
     def _fitting(self, node: fx.Node, value: TrackValue) -> TrackValue:
         """Drop tracks that do not add up to the node's shape, whatever rule they came from."""
@@ -271,6 +279,7 @@ class Provenance:
     def _enter(self, node: fx.Node) -> Iterator[Visit]:
         submodule = submodule_of(node.args[0], self.owner) if node.args else None  # type: ignore[arg-type]
         if submodule is None:
+            self.lose(node)
             return
         inner = Provenance(submodule, self, node.args[1:])
         yield from inner.run()

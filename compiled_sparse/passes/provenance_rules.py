@@ -26,7 +26,6 @@ from compiled_sparse.passes.rearranged import contradiction
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import constant_tracks
-from compiled_sparse.passes.tracks import is_bare
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
 
@@ -81,7 +80,7 @@ def broadcast_tracks(
 
 @rule("where")
 def _where(analysis: Provenance, node: fx.Node) -> TrackValue:
-    """Choose between two tensors position by position: they must be the same tokens."""
+    """Choose between two tensors position by position: they must be the same tokens or places."""
     shape = shape_of(node)
     if shape is None:
         return None
@@ -89,16 +88,12 @@ def _where(analysis: Provenance, node: fx.Node) -> TrackValue:
     operands = [n for n in node.all_input_nodes if n is not condition and shape_of(n) is not None]
     choices = [broadcast_tracks(analysis, node, shape, [operand]) for operand in operands]
     result = broadcast_tracks(analysis, node, shape, operands)
-    return tuple(
-        track if all(_may_stand_beside(c, track) for c in each) else stream(shape[i], (node, i))
-        for i, (track, *each) in enumerate(zip(result, *choices, strict=True))
-    )
-
-
-def _may_stand_beside(choice: Track, track: Track) -> bool:
-    """Whether some positions may hold something else: constants may, but not in a table."""
-    is_table = is_constant(track) and not is_bare(track)
-    return choice == track or (is_constant(choice) and not is_table)
+    chosen: list[Track] = []
+    for i, (track, *each) in enumerate(zip(result, *choices, strict=True)):
+        constant = is_constant(track)
+        kept = all(choice == track or (is_constant(choice) and not constant) for choice in each)
+        chosen.append(track if kept else stream(shape[i], *(() if constant else ((node, i),))))
+    return tuple(chosen)
 
 
 @rule(*LIKE_FIRST)

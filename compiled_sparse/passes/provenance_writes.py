@@ -28,9 +28,9 @@ from compiled_sparse.passes.rearranged import is_rearranged
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import has_video
-from compiled_sparse.passes.tracks import is_bare
 from compiled_sparse.passes.tracks import is_constant
 from compiled_sparse.passes.tracks import stream
+from compiled_sparse.passes.tracks import track_size
 
 
 @rule(*WRITING_POINTWISE)
@@ -161,11 +161,10 @@ def _with_run(old: Track, size: Any, item: slice, new: Track) -> Track | None:
 
 def _beside(old: Track, new: Track, fresh: Track) -> Track | None:
     """Old and new content share a dimension of which both hold all positions."""
-    is_table = is_constant(old) and not is_bare(old)
-    if is_constant(new) and not is_table:
-        return old
-    if is_bare(old):
+    if is_constant(new):
+        # Another table may hold the same places in another order; what is spread has no order.
+        other = is_constant(old) and new != old and same(track_size(new), track_size(old))
+        return fresh if other else old
+    if is_constant(old):
         return new
-    if is_table and is_bare(new):
-        return fresh
     return common(old, new) or (None if has_video(old) else fresh)

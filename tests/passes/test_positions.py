@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from modules import GRID
 from modules import LENGTH
 from modules import POLICY
@@ -132,8 +133,58 @@ ELSEWHERE: dict[str, tuple[Table, Table | None]] = {
     "a count": (lambda: torch.arange(LENGTH)[:, None] * torch.ones(4), None),
     "the shape of a mesh without its values": (lambda: torch.ones_like(_stacked()), None),
     "counts out of order": (lambda: _shuffled_counts(), None),
+    "some rows of a shuffled one": (lambda: _some_shuffled(), None),
     "random numbers": (lambda: torch.rand(LENGTH, 4), None),
 }
+
+
+def _written(write: Callable[[Tensor, Tensor], object]) -> Table:
+    """Return the table after something was written to it, given other places for its rows."""
+
+    def table() -> Tensor:
+        angles = _stacked().clone()
+        write(angles, torch.randperm(LENGTH))
+        return angles
+
+    return table
+
+
+def _put_by_columns(angles: Tensor, places: Tensor) -> None:
+    angles[:, :2] = angles[places][:, :2].clone()
+
+
+SHUFFLED_IN_PLACE: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "index_copy_": lambda a, i: a.index_copy_(0, i, a.clone()),
+    "index_copy_ through a view": lambda a, i: a.view(LENGTH, 4).index_copy_(0, i, a.clone()),
+    "index_copy_ behind dropout": lambda a, i: F.dropout(a, 0.1, training=False).index_copy_(
+        0, i, a.clone()
+    ),
+    "scatter_": lambda a, i: a.scatter_(0, i[:, None].expand(LENGTH, 4), a.clone()),
+    "index_put_": lambda a, i: a.index_put_((i,), a.clone()),
+    "result": lambda a, i: torch.index_select(a.clone(), 0, i, out=a),
+    "numpy": lambda a, i: a.numpy().sort(axis=1),
+    "columns": _put_by_columns,
+}
+
+
+@pytest.mark.parametrize("write", SHUFFLED_IN_PLACE.values(), ids=SHUFFLED_IN_PLACE)
+def test_a_table_that_was_written_to_proves_nothing(
+    write: Callable[[Tensor, Tensor], object],
+) -> None:
+    model = Packed(_written(write)).requires_grad_(False)
+    assert record(model, tokens())[0].outcomes == ["layout_unknown"]
+
+
+def test_a_table_that_was_written_to_in_a_checkpoint_proves_nothing() -> None:
+    def write(angles: Tensor, places: Tensor) -> Tensor:
+        rows = angles.clone()
+        return angles.index_copy_(0, places, rows).sum()
+
+    def in_a_checkpoint(angles: Tensor, places: Tensor) -> None:
+        torch.utils.checkpoint.checkpoint(write, angles, places, use_reentrant=False)
+
+    model = Packed(_written(in_a_checkpoint)).requires_grad_(False)
+    assert record(model, tokens())[0].outcomes == ["layout_unknown"]
 
 
 def _over(*grid: int) -> Tensor:
@@ -148,6 +199,11 @@ def _permuted() -> Tensor:
 def _part_of_a_mesh() -> Tensor:
     frame = torch.stack(_mesh(2, 12, 5), dim=0)[:, 1]
     return _angles(frame.flatten(1).transpose(0, 1))
+
+
+def _some_shuffled() -> Tensor:
+    table = _stacked()
+    return torch.where(torch.rand(LENGTH, 1) > 0.5, table, table[torch.randperm(LENGTH)])
 
 
 def _shuffled_counts() -> Tensor:
