@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from compiled_sparse.attach_forward import POLICY
 from compiled_sparse.attach_forward import bind_module
 from compiled_sparse.attach_forward import bind_root
-from compiled_sparse.attach_forward import is_bound
+from compiled_sparse.attach_forward import check_bindable
+from compiled_sparse.attach_forward import check_releasable
 from compiled_sparse.attach_forward import patch
 from compiled_sparse.attach_forward import release_module
 from compiled_sparse.attach_forward import release_root
@@ -36,6 +39,9 @@ CLASS_POLICY = "_compiled_sparse_class_policy"
 PARAMETER_PREFIX = "compiled_sparse_"
 
 Target = TypeVar("Target")
+
+_holders: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+"""By which attach a module is held, the latest one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ class Handle:
     def __init__(self, model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
         self._model = model
         self._layers = layers
+        self._held = {id(module): module for module in (model, *(each for _, each in layers))}
+        self._token = object()
+        _holders.update((module, self._token) for module in self._held.values())
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -71,13 +80,23 @@ class Handle:
     def remove(self) -> None:
         """Restore the model; classes decorated with `sparse` keep their own policy.
 
+        What was attached again since is that handle's matter and left alone.
+
         Raises:
-            AttachError: if something else has patched the model since.
+            AttachError: if something else has patched the model since; nothing is changed then.
         """
-        for _, module in self._layers:
+        held = [each for each in self._held.values() if _holders.get(each) is self._token]
+        layers = [module for _, module in self._layers if any(module is each for each in held)]
+        root = [each for each in held if all(each is not module for _, module in self._layers)]
+        for module in layers:
+            _check_releasable(module)
+        for module in root:
+            check_releasable(module, is_root=True)
+        for module in layers:
             _release(module)
-        if all(module is not self._model for _, module in self._layers):
-            release_root(self._model)
+        for module in root:
+            release_root(module)
+            del _holders[module]
 
     def load_state_dict_report(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Say which learned parameters of the attached modules a state dict has.
@@ -142,7 +161,8 @@ def attach(
 
     Raises:
         AttachError: if there is no attention module, a glob matches none, the model is on the meta
-            device, or a table of windows has another number of layers.
+            device, a table of windows has another number of layers, or something else has hidden
+            what an earlier attach did. Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
@@ -152,12 +172,14 @@ def attach(
     policies = [_policy_of(module, resolved) for _, module in layers]
     _check(model, policies)
     attached = {id(module) for _, module in layers}
-    for module in model.modules():
-        if is_bound(module) and id(module) not in attached:
-            _release(module)
+    others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
+    has_root = id(model) not in attached
+    _check_patches([module for _, module in layers], others, model if has_root else None)
+    for module in others:
+        _release(module)
     for index, ((path, module), own) in enumerate(zip(layers, policies, strict=True)):
         bind_module(module, _for_layer(own, path, index, len(layers)), index)
-    if all(module is not model for _, module in layers):
+    if has_root:
         bind_root(model)
     return Handle(model, layers)
 
@@ -217,7 +239,24 @@ def _decorate_class(cls: Any, document: str) -> None:
     setattr(cls, CLASS_POLICY, document)
 
 
+def _check_patches(
+    layers: list[nn.Module], others: list[nn.Module], root: nn.Module | None
+) -> None:
+    for module in layers:
+        check_bindable(module)
+    for module in others:
+        _check_releasable(module)
+    if root is not None:
+        check_bindable(root, is_root=True)
+
+
+def _check_releasable(module: nn.Module) -> None:
+    keeps_policy = hasattr(type(module), CLASS_POLICY)
+    check_bindable(module) if keeps_policy else check_releasable(module)
+
+
 def _release(module: nn.Module) -> None:
+    _holders.pop(module, None)
     own = getattr(type(module), CLASS_POLICY, None)
     if own is None:
         release_module(module)
