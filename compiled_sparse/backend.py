@@ -38,6 +38,7 @@ from compiled_sparse.policy import StepSchedule
 from compiled_sparse.policy import as_policy
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
+from compiled_sparse.recompute import Recall
 from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
 from compiled_sparse.selector import PolicySources
@@ -113,6 +114,12 @@ class _Dispatcher:
         self._has_attention = False
         self._warned_of_steps = False
         self._checked_paths: dict[VariantKey, tuple[str, ...]] = {}
+        self._recall = Recall()
+        with self._recall.compiling(example_inputs):
+            self._compile_first(example_inputs)
+
+    def _compile_first(self, example_inputs: list[Any]) -> None:
+        settings = self._settings
         key = self.key()
         if settings.guard is not None:
             key = replace(key, check_rows=settings.guard.rows)
@@ -126,7 +133,7 @@ class _Dispatcher:
         if not self._has_attention:
             return self._first
         if self._settings.guard is not None:
-            return _GuardedRun(self, self._settings.guard)
+            return self._recall.around(_GuardedRun(self, self._settings.guard))
         variants, build, current_key = self._variants, self.variant, self.key
 
         def run(*inputs: Any) -> Any:
@@ -136,7 +143,7 @@ class _Dispatcher:
                 compiled = build(key)
             return compiled(*inputs)
 
-        return run
+        return self._recall.around(run)
 
     def key(self) -> VariantKey:
         """Return what the present call selects; checks are the guard's matter."""

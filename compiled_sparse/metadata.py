@@ -100,13 +100,26 @@ class CallMetadata:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
+    """All that is said about the calls made now.
+
+    Args:
+        layout: The static part, or None where nobody said.
+        call: The part that changes from call to call.
+    """
+
     layout: LayoutMetadata | None = None
     call: CallMetadata = CallMetadata()
 
+    def __str__(self) -> str:
+        """Return what is said, in words."""
+        given = dataclasses.asdict(self.call).items()
+        grid = None if self.layout is None else self.layout.grid_thw
+        return ", ".join([f"grid {grid}", *(f"{k} {v}" for k, v in given if v is not None)])
 
-_NOTHING = _State()
-_current: ContextVar[_State] = ContextVar("compiled_sparse_metadata", default=_NOTHING)
+
+_NOTHING = State()
+_current: ContextVar[State] = ContextVar("compiled_sparse_metadata", default=_NOTHING)
 
 
 def current_layout() -> LayoutMetadata | None:
@@ -117,6 +130,25 @@ def current_layout() -> LayoutMetadata | None:
 def current_call() -> CallMetadata:
     """Return step, number of steps and sparsity as this thread's blocks give them."""
     return _current.get().call
+
+
+def current_state() -> State:
+    """Return all of it."""
+    return _current.get()
+
+
+@contextmanager
+def restored(state: State) -> Iterator[None]:
+    """Hold what was said at another time.
+
+    Args:
+        state: What `current_state` returned then.
+    """
+    token = _current.set(state)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 @contextmanager
@@ -150,7 +182,7 @@ def metadata(
     layout = _layout(outer.layout, grid_thw, text)
     given = {"step": step, "num_steps": num_steps, "sparsity": sparsity}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    token = _current.set(_State(layout, dataclasses.replace(outer.call, **changed)))
+    token = _current.set(State(layout, dataclasses.replace(outer.call, **changed)))
     try:
         yield
     finally:
