@@ -37,6 +37,8 @@ from compiled_sparse.policy import as_policy
 
 CLASS_POLICY = "_compiled_sparse_class_policy"
 PARAMETER_PREFIX = "compiled_sparse_"
+_NOWHERE = "/"
+"""A glob that no module path matches."""
 
 Target = TypeVar("Target")
 
@@ -161,8 +163,9 @@ def attach(
 
     Raises:
         AttachError: if there is no attention module, a glob matches none, the model is on the meta
-            device, a table of windows has another number of layers, or something else has hidden
-            what an earlier attach did. Nothing is changed then.
+            device, a table of windows has another number of layers, no sparse rule of the policy
+            matches any of the modules, or something else has hidden what an earlier attach did.
+            Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
@@ -171,6 +174,8 @@ def attach(
     layers = attention_modules(model, None if globs is None else list(globs))
     policies = [_policy_of(module, resolved) for _, module in layers]
     _check(model, policies)
+    if resolved is not None:
+        _check_rules(resolved, [path for path, _ in layers])
     attached = {id(module) for _, module in layers}
     others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
     has_root = id(model) not in attached
@@ -278,15 +283,15 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     if policy is None:
         return ""
     matches = {kind: policy.match(path, kind) for kind in KINDS}
-    configs = {kind: Dense() if found is None else found[1] for kind, found in matches.items()}
-    same = len(set(configs.values())) == 1
+    configs = {kind: found[1] for kind, found in matches.items() if found is not None}
+    same = len(configs) == len(KINDS) and len(set(configs.values())) == 1
     rules: dict[str, MechanismConfig] = (
-        {"*": configs[KINDS[0]]} if same else {f"{kind}:*": configs[kind] for kind in KINDS}
+        {"*": configs[KINDS[0]]} if same else {f"{kind}:*": each for kind, each in configs.items()}
     )
     is_last = layer >= num_layers - policy.dense_last_layers
     is_dense = layer < policy.dense_first_layers or is_last
     steps = (policy.dense_first_steps, policy.dense_last_steps)
-    return Policy(rules, *steps, dense_first_layers=int(is_dense)).to_json()
+    return Policy(rules or {_NOWHERE: Dense()}, *steps, dense_first_layers=int(is_dense)).to_json()
 
 
 def _check(model: nn.Module, policies: list[Policy | None]) -> None:
@@ -307,3 +312,16 @@ def _check(model: nn.Module, policies: list[Policy | None]) -> None:
                 expected=f"1 or {len(policies)} layers",
                 next_step="see Handle.modules of an attach without a policy for their order",
             )
+
+
+def _check_rules(policy: Policy, paths: list[str]) -> None:
+    found = (policy.match(path, kind) for path in paths for kind in KINDS)
+    is_used = any(rule is not None and rule[0] in policy.sparse_globs for rule in found)
+    if policy.sparse_globs and not is_used:
+        raise AttachError(
+            "no sparse rule of the policy matches any attention module",
+            got=f"globs {', '.join(map(repr, policy.sparse_globs))}; modules {paths[0]!r} to "
+            f"{paths[-1]!r}",
+            expected="globs on the paths of the attached modules; the first match wins",
+            next_step="see cs.attach(model).modules for the paths",
+        )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MetadataError
 from compiled_sparse.layout import Text
 from compiled_sparse.layout import check_extents
+
+logger = logging.getLogger("compiled_sparse")
 
 
 def _is_count(value: object) -> bool:
@@ -193,11 +196,12 @@ def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any]
     """Return a function that tells this package the step a diffusers pipeline is at.
 
     Pass it as `pipe(..., callback_on_step_end=cs.step_callback())`. Making it sets step 0 for the
-    calls that follow in this thread; after step i it sets i + 1, after the last one 0 again.
+    calls that follow in this thread; after step i it sets i + 1, after the last one 0 again. After
+    a run that was broken off, make a new one: the pipeline is met only after its first step.
 
     Args:
-        num_steps: Number of denoising steps; None reads `num_timesteps` of the pipeline after its
-            first step.
+        num_steps: Number of denoising steps, for the first step: after it `num_timesteps` of the
+            pipeline holds where there is one. A warning says if they differ.
 
     Returns:
         A callable for `callback_on_step_end`; it returns the keyword arguments it was given.
@@ -206,9 +210,20 @@ def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any]
         MetadataError: if `num_steps` is not a positive integer.
     """
     _set_step(0, num_steps)
+    has_warned = False
 
     def after_step(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
-        total = num_steps if num_steps is not None else getattr(pipe, "num_timesteps", None)
+        nonlocal has_warned
+        said = getattr(pipe, "num_timesteps", None)
+        total = said if _is_count(said) and said else num_steps
+        if not has_warned and num_steps not in (None, total):
+            has_warned = True
+            logger.warning(
+                "cs.step_callback(%d) is in a pipeline of %d steps, which holds from now on; leave "
+                "num_steps out, or correct it",
+                num_steps,
+                total,
+            )
         is_last = total is not None and step + 1 >= total
         _set_step(0 if is_last else step + 1, total)
         return kwargs

@@ -119,8 +119,9 @@ def table(num_layers: int) -> cs.STA:
         (Attention(), {"modules": "nothing.*"}, "a glob of modules matches nothing"),
         (Attention().to("meta"), {}, "the model has no memory yet"),
         (TinyDiT(2), {"policy": table(3)}, "a table of windows is for another number of layers"),
+        (TinyDiT(2), {"policy": {"blocks.*.attnX": "sta", "*": "dense"}}, "no sparse rule"),
     ],
-    ids=["none", "glob", "meta", "table"],
+    ids=["none", "glob", "meta", "table", "rule"],
 )
 def test_what_cannot_be_attached_is_refused_with_the_next_step(
     model: nn.Module, arguments: dict[str, Any], problem: str
