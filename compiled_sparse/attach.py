@@ -162,16 +162,16 @@ def attach(
         A handle that can undo it.
 
     Raises:
-        AttachError: if there is no attention module, a glob matches none, the model is on the meta
-            device, a table of windows has another number of layers, no sparse rule of the policy
-            matches any of the modules, or something else has hidden what an earlier attach did.
-            Nothing is changed then.
+        AttachError: if the arguments are no module and no globs, there is no attention module, a
+            glob matches none, the model is on the meta device, a table of windows has another
+            number of layers, no sparse rule of the policy matches any of the modules, or something
+            else has hidden what an earlier attach did. Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
+    _check_model(model)
     resolved = None if policy is None else as_policy(policy)
-    globs = [modules] if isinstance(modules, str) else modules
-    layers = attention_modules(model, None if globs is None else list(globs))
+    layers = attention_modules(model, _as_globs(modules))
     policies = [_policy_of(module, resolved) for _, module in layers]
     _check(model, policies)
     if resolved is not None:
@@ -292,6 +292,30 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     is_dense = layer < policy.dense_first_layers or is_last
     steps = (policy.dense_first_steps, policy.dense_last_steps)
     return Policy(rules or {_NOWHERE: Dense()}, *steps, dense_first_layers=int(is_dense)).to_json()
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            "cs.attach is for modules",
+            got=repr(model)[:80],
+            expected="an nn.Module",
+            next_step="pass the transformer of a pipeline: cs.attach(pipe.transformer, policy)",
+        )
+
+
+def _as_globs(modules: Any) -> list[str] | None:
+    if modules is None or isinstance(modules, str):
+        return None if modules is None else [modules]
+    globs = list(modules) if isinstance(modules, Iterable) else []
+    if not globs or not all(isinstance(each, str) for each in globs):
+        raise AttachError(
+            "modules is neither a glob nor several",
+            got=repr(modules),
+            expected="globs on module paths, or None for the model's self-attention",
+            next_step='pass modules="blocks.*.attn1", for instance',
+        )
+    return globs
 
 
 def _check(model: nn.Module, policies: list[Policy | None]) -> None:

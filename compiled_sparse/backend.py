@@ -113,6 +113,7 @@ class _Dispatcher:
         self._lock = threading.RLock()
         self._has_attention = False
         self._warned_of_steps = False
+        self._depends_on_steps = False
         self._announced: set[Policy] = set()
         self._checked_paths: dict[VariantKey, tuple[str, ...]] = {}
         self._recall = Recall()
@@ -150,7 +151,7 @@ class _Dispatcher:
         """Return what the present call selects; checks are the guard's matter."""
         sources, call = current_sources(self._settings.policy), current_call()
         dense = dense_schedules(sources, call, self._modules)
-        if not self._warned_of_steps:
+        if self._depends_on_steps and not self._warned_of_steps:
             policies = sources.effective(self._modules)
             self._warned_of_steps = _warn_of_steps(policies, call)
         return VariantKey(current_layout(), sources.forced, sources.environment, dense)
@@ -167,6 +168,7 @@ class _Dispatcher:
         decisions = rewrite(rewritten)
         self._checked_paths[key] = rewrite.checked_paths
         self._has_attention = bool(decisions)
+        self._depends_on_steps |= any(d.is_sparse or d.reason == "step_dense" for d in decisions)
         is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
         _announce(decisions, self._settings.strict, is_automatic=is_automatic)
         policy = sources.options if sources.override is None else sources.override

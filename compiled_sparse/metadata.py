@@ -17,7 +17,8 @@ from typing import Any
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MetadataError
 from compiled_sparse.layout import Text
-from compiled_sparse.layout import check_extents
+from compiled_sparse.layout import as_grid
+from compiled_sparse.layout import check_text
 
 logger = logging.getLogger("compiled_sparse")
 
@@ -29,6 +30,15 @@ def _is_count(value: object) -> bool:
 def _is_fraction(value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 <= value < 1  # type: ignore[operator]
+
+
+def check_index(name: str, value: object) -> None:
+    """Check that the index of a step or a layer is a count, or None.
+
+    Raises:
+        MetadataError: if it is not.
+    """
+    _require(name, value, _is_count(value), "an integer of at least 0")
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
@@ -88,7 +98,7 @@ class CallMetadata:
     sparsity: float | None = None
 
     def __post_init__(self) -> None:
-        _require("step", self.step, _is_count(self.step), "an integer of at least 0")
+        check_index("step", self.step)
         positive = _is_count(self.num_steps) and self.num_steps != 0
         _require("num_steps", self.num_steps, positive, "an integer of at least 1")
         _require("sparsity", self.sparsity, _is_fraction(self.sparsity), "a number in [0, 1)")
@@ -253,6 +263,5 @@ def _layout(
             expected="the token grid of the video",
             next_step="pass grid_thw=(T, H, W), counted in tokens after patching",
         )
-    grid_thw = tuple(grid_thw)
-    check_extents("grid_thw", grid_thw)
-    return LayoutMetadata(grid_thw, text)
+    check_text(text)
+    return LayoutMetadata(as_grid(grid_thw), text)

@@ -266,10 +266,10 @@ def quality(name: str) -> Policy:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigFormatError(
             "policy file cannot be read",
-            got=f"{path}: {error.strerror}",
+            got=f"{path}: {getattr(error, 'strerror', error)}",
             expected="a readable JSON file written by Policy.to_json()",
             next_step="check the path",
         ) from None

@@ -308,5 +308,6 @@ def _choose_auto(auto: Auto, layout: BlockLayout, heads: int) -> Chosen | Refuse
     assert mechanism.automatic is not None
     chosen = mechanism.evaluate(mechanism.automatic(auto, layout), layout, heads)
     if isinstance(chosen, Chosen) and chosen.predicted_gain < auto.min_gain:
-        return Refused("no_gain", f"predicted {chosen.predicted_gain:.1f}x")
+        gain = f"predicted {chosen.predicted_gain:.2f}x, {auto.min_gain:.2f}x needed"
+        return Refused("no_gain", gain)
     return chosen
