@@ -21,6 +21,7 @@ from modules import expected_output
 from modules import parameter_gradients
 from modules import raster
 from modules import video
+from test_regional import Counting
 from torch import Tensor
 from torch import fx
 from torch import nn
@@ -280,6 +281,22 @@ def test_a_graph_without_attention_is_handed_on() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(compile_sparse(linear)(x), linear(x))
+
+
+def test_short_sequences_of_many_sizes_share_one_graph_until_one_is_long(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, counts = TinyDiT(1).requires_grad_(False), []
+    backend = Counting(policy=cs.Auto(min_tokens=100))
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    with caplog.at_level(logging.INFO, "compiled_sparse"):
+        for grid in ((3, 4, 5), (2, 4, 6), (3, 5, 6), (2, 6, 4), (5, 6, 7)):
+            inputs = dit_inputs(grid)
+            assert_close(compiled(*inputs), model(*inputs))
+            counts.append(backend.calls)
+    assert counts == [1, 1, 1, 1, 2]
+    said = [r.getMessage() for r in caplog.records if "attention calls sparse" in r.getMessage()]
+    assert ["too_short" in each for each in said] == [True, False]
 
 
 # Policies that match nothing.

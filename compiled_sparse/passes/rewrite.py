@@ -13,6 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
@@ -270,6 +271,10 @@ def _prove(
     )
     if refused is not None:
         return refused
+    length = site.tensor("query").shape[2]
+    # Compared before the grid becomes static: short sequences of any grid share one graph.
+    if isinstance(config, Auto) and bool(length < config.min_tokens):
+        return Refused("too_short", f"{hint(length)} tokens")
     if needs_static_grid(config):
         layout = specialized(layout)
     if not is_static(layout) and not can_be_dynamic(site, layout):
