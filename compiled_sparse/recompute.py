@@ -32,6 +32,9 @@ from compiled_sparse.passes.fx import hint
 
 Shapes = tuple[tuple[int, ...], ...]
 
+_MOST_CALLS = 4096
+"""Calls of a kind whose inputs are looked after; one that is kept for long would hold all later."""
+
 _regions: WeakKeyDictionary[CodeType, ForwardCalls] = WeakKeyDictionary()
 
 
@@ -40,7 +43,7 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.count = 0
-        self._inputs: deque[tuple[StorageWeakRef, ...]] = deque()
+        self._inputs: deque[tuple[StorageWeakRef, ...]] = deque(maxlen=_MOST_CALLS)
 
     def add(self, inputs: Iterable[Tensor]) -> None:
         """Count a call; no backward pass can repeat it once one of its inputs is gone."""
