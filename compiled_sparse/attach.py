@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from compiled_sparse.attach_forward import POLICY
 from compiled_sparse.attach_forward import bind_module
 from compiled_sparse.attach_forward import bind_root
-from compiled_sparse.attach_forward import is_bound
+from compiled_sparse.attach_forward import check_bindable
+from compiled_sparse.attach_forward import check_releasable
 from compiled_sparse.attach_forward import patch
 from compiled_sparse.attach_forward import release_module
 from compiled_sparse.attach_forward import release_root
@@ -34,8 +37,13 @@ from compiled_sparse.policy import as_policy
 
 CLASS_POLICY = "_compiled_sparse_class_policy"
 PARAMETER_PREFIX = "compiled_sparse_"
+_NOWHERE = "/"
+"""A glob that no module path matches."""
 
 Target = TypeVar("Target")
+
+_holders: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+"""By which attach a module is held, the latest one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,9 @@ class Handle:
     def __init__(self, model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
         self._model = model
         self._layers = layers
+        self._held = {id(module): module for module in (model, *(each for _, each in layers))}
+        self._token = object()
+        _holders.update((module, self._token) for module in self._held.values())
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -71,13 +82,23 @@ class Handle:
     def remove(self) -> None:
         """Restore the model; classes decorated with `sparse` keep their own policy.
 
+        What was attached again since is that handle's matter and left alone.
+
         Raises:
-            AttachError: if something else has patched the model since.
+            AttachError: if something else has patched the model since; nothing is changed then.
         """
-        for _, module in self._layers:
+        held = [each for each in self._held.values() if _holders.get(each) is self._token]
+        layers = [module for _, module in self._layers if any(module is each for each in held)]
+        root = [each for each in held if all(each is not module for _, module in self._layers)]
+        for module in layers:
+            _check_releasable(module)
+        for module in root:
+            check_releasable(module, is_root=True)
+        for module in layers:
             _release(module)
-        if all(module is not self._model for _, module in self._layers):
-            release_root(self._model)
+        for module in root:
+            release_root(module)
+            del _holders[module]
 
     def load_state_dict_report(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Say which learned parameters of the attached modules a state dict has.
@@ -141,23 +162,29 @@ def attach(
         A handle that can undo it.
 
     Raises:
-        AttachError: if there is no attention module, a glob matches none, the model is on the meta
-            device, or a table of windows has another number of layers.
+        AttachError: if the arguments are no module and no globs, there is no attention module, a
+            glob matches none, the model is on the meta device, a table of windows has another
+            number of layers, no sparse rule of the policy matches any of the modules, or something
+            else has hidden what an earlier attach did. Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
+    _check_model(model)
     resolved = None if policy is None else as_policy(policy)
-    globs = [modules] if isinstance(modules, str) else modules
-    layers = attention_modules(model, None if globs is None else list(globs))
+    layers = attention_modules(model, _as_globs(modules))
     policies = [_policy_of(module, resolved) for _, module in layers]
     _check(model, policies)
+    if resolved is not None:
+        _check_rules(resolved, [path for path, _ in layers])
     attached = {id(module) for _, module in layers}
-    for module in model.modules():
-        if is_bound(module) and id(module) not in attached:
-            _release(module)
+    others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
+    has_root = id(model) not in attached
+    _check_patches([module for _, module in layers], others, model if has_root else None)
+    for module in others:
+        _release(module)
     for index, ((path, module), own) in enumerate(zip(layers, policies, strict=True)):
         bind_module(module, _for_layer(own, path, index, len(layers)), index)
-    if all(module is not model for _, module in layers):
+    if has_root:
         bind_root(model)
     return Handle(model, layers)
 
@@ -217,7 +244,24 @@ def _decorate_class(cls: Any, document: str) -> None:
     setattr(cls, CLASS_POLICY, document)
 
 
+def _check_patches(
+    layers: list[nn.Module], others: list[nn.Module], root: nn.Module | None
+) -> None:
+    for module in layers:
+        check_bindable(module)
+    for module in others:
+        _check_releasable(module)
+    if root is not None:
+        check_bindable(root, is_root=True)
+
+
+def _check_releasable(module: nn.Module) -> None:
+    keeps_policy = hasattr(type(module), CLASS_POLICY)
+    check_bindable(module) if keeps_policy else check_releasable(module)
+
+
 def _release(module: nn.Module) -> None:
+    _holders.pop(module, None)
     own = getattr(type(module), CLASS_POLICY, None)
     if own is None:
         release_module(module)
@@ -239,15 +283,39 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     if policy is None:
         return ""
     matches = {kind: policy.match(path, kind) for kind in KINDS}
-    configs = {kind: Dense() if found is None else found[1] for kind, found in matches.items()}
-    same = len(set(configs.values())) == 1
+    configs = {kind: found[1] for kind, found in matches.items() if found is not None}
+    same = len(configs) == len(KINDS) and len(set(configs.values())) == 1
     rules: dict[str, MechanismConfig] = (
-        {"*": configs[KINDS[0]]} if same else {f"{kind}:*": configs[kind] for kind in KINDS}
+        {"*": configs[KINDS[0]]} if same else {f"{kind}:*": each for kind, each in configs.items()}
     )
     is_last = layer >= num_layers - policy.dense_last_layers
     is_dense = layer < policy.dense_first_layers or is_last
     steps = (policy.dense_first_steps, policy.dense_last_steps)
-    return Policy(rules, *steps, dense_first_layers=int(is_dense)).to_json()
+    return Policy(rules or {_NOWHERE: Dense()}, *steps, dense_first_layers=int(is_dense)).to_json()
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            "cs.attach is for modules",
+            got=repr(model)[:80],
+            expected="an nn.Module",
+            next_step="pass the transformer of a pipeline: cs.attach(pipe.transformer, policy)",
+        )
+
+
+def _as_globs(modules: Any) -> list[str] | None:
+    if modules is None or isinstance(modules, str):
+        return None if modules is None else [modules]
+    globs = list(modules) if isinstance(modules, Iterable) else []
+    if not globs or not all(isinstance(each, str) for each in globs):
+        raise AttachError(
+            "modules is neither a glob nor several",
+            got=repr(modules),
+            expected="globs on module paths, or None for the model's self-attention",
+            next_step='pass modules="blocks.*.attn1", for instance',
+        )
+    return globs
 
 
 def _check(model: nn.Module, policies: list[Policy | None]) -> None:
@@ -268,3 +336,16 @@ def _check(model: nn.Module, policies: list[Policy | None]) -> None:
                 expected=f"1 or {len(policies)} layers",
                 next_step="see Handle.modules of an attach without a policy for their order",
             )
+
+
+def _check_rules(policy: Policy, paths: list[str]) -> None:
+    found = (policy.match(path, kind) for path in paths for kind in KINDS)
+    is_used = any(rule is not None and rule[0] in policy.sparse_globs for rule in found)
+    if policy.sparse_globs and not is_used:
+        raise AttachError(
+            "no sparse rule of the policy matches any attention module",
+            got=f"globs {', '.join(map(repr, policy.sparse_globs))}; modules {paths[0]!r} to "
+            f"{paths[-1]!r}",
+            expected="globs on the paths of the attached modules; the first match wins",
+            next_step="see cs.attach(model).modules for the paths",
+        )

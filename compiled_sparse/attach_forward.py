@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from contextlib import nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
@@ -53,6 +54,35 @@ def patch(module: nn.Module) -> None:
     _patch(module, _marked_forward)
 
 
+def check_bindable(module: nn.Module, *, is_root: bool = False) -> None:
+    """Check that a module can be bound, again too, without changing it.
+
+    Args:
+        module: An attention module, or the model.
+        is_root: Whether it is for `bind_root`.
+
+    Raises:
+        AttachError: if something else has hidden the forward of an earlier attach.
+    """
+    place = _find(module, _root_forward if is_root else _marked_forward)
+    allowed = tuple(each for each in _Place if each is not _Place.UNKNOWN)
+    _require_place(module, place, allowed)
+
+
+def check_releasable(module: nn.Module, *, is_root: bool = False) -> None:
+    """Check that a module can be released, without changing it.
+
+    Args:
+        module: An attention module, or the model.
+        is_root: Whether it is for `release_root`.
+
+    Raises:
+        AttachError: if something else has patched `forward` since.
+    """
+    place = _find(module, _root_forward if is_root else _marked_forward)
+    _require_place(module, place, (_Place.ABSENT, _Place.GONE, _Place.TOP))
+
+
 def release_module(module: nn.Module) -> None:
     """Undo `bind_module`.
 
@@ -80,7 +110,7 @@ def release_root(module: nn.Module) -> None:
 
 def is_bound(module: nn.Module) -> bool:
     """Whether a module emits a marker."""
-    return _is_patched(module, _marked_forward)
+    return _find(module, _marked_forward) in (_Place.TOP, _Place.BENEATH)
 
 
 def _marked_forward(class_forward: Any) -> Any:
@@ -124,7 +154,7 @@ def _say_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _patch(module: nn.Module, factory: Any) -> None:
-    if _is_patched(module, factory):
+    if _find(module, factory) in (_Place.TOP, _Place.BENEATH):
         return
     # An instance's own forward, such as a loader's hook, stays in force underneath.
     setattr(module, INNER, module.__dict__.get("forward"))
@@ -133,27 +163,72 @@ def _patch(module: nn.Module, factory: Any) -> None:
 
 
 def _unpatch(module: nn.Module, factory: Any) -> bool:
-    if not hasattr(module, INNER):
+    place = _find(module, factory)
+    _require_place(module, place, (_Place.ABSENT, _Place.GONE, _Place.TOP))
+    if place is _Place.ABSENT:
         return False
-    if not _is_patched(module, factory):
-        raise AttachError(
-            "the module's forward was patched by something else after cs.attach",
-            got=repr(module.__dict__.get("forward")),
-            expected="the forward that cs.attach put there",
-            next_step="remove the other patch first, then the handle",
-        )
-    inner = getattr(module, INNER)
-    del module.__dict__["forward"]
-    if inner is not None:
-        module.__dict__["forward"] = inner
+    if place is _Place.TOP:
+        inner = getattr(module, INNER)
+        del module.__dict__["forward"]
+        if inner is not None:
+            module.__dict__["forward"] = inner
     delattr(module, INNER)
     return True
 
 
-def _is_patched(module: nn.Module, factory: Any) -> bool:
-    present = getattr(module.__dict__.get("forward"), "__func__", None)
+class _Place(Enum):
+    """Where the patched forward of a module is."""
+
+    ABSENT = "never patched"
+    TOP = "called first"
+    BENEATH = "under the wrapper of something else"
+    GONE = "taken away by something that put an older forward back"
+    UNKNOWN = "out of sight"
+
+
+def _find(module: nn.Module, factory: Any) -> _Place:
+    if not hasattr(module, INNER):
+        return _Place.ABSENT
     cls: Any = type(module)
-    return getattr(present, "__code__", None) is _for_class(cls, factory).__code__
+    ours = _for_class(cls, factory).__code__
+    top = module.__dict__.get("forward")
+    if _code(top) is ours:
+        return _Place.TOP
+    beneath = [_code(each) for each in _wrapped(top, module.__dict__.get("_old_forward"))]
+    if any(code is ours for code in beneath):
+        return _Place.BENEATH
+    is_older = top is None or top == getattr(module, INNER)
+    reaches_class = any(code is _code(cls.forward) for code in beneath)
+    return _Place.GONE if is_older or reaches_class else _Place.UNKNOWN
+
+
+def _wrapped(*wrappers: Any) -> list[Any]:
+    """Return wrappers and all they say they wrap, as accelerate, partial and functools.wraps do."""
+    seen: dict[int, Any] = {}
+    rest = [each for each in wrappers if each is not None]
+    while rest:
+        each = rest.pop()
+        if id(each) in seen:
+            continue
+        seen[id(each)] = each
+        names = ("__wrapped__", "func", "__func__")
+        rest += [getattr(each, name) for name in names if callable(getattr(each, name, None))]
+    return list(seen.values())
+
+
+def _code(function: Any) -> Any:
+    return getattr(getattr(function, "__func__", function), "__code__", None)
+
+
+def _require_place(module: nn.Module, place: _Place, allowed: tuple[_Place, ...]) -> None:
+    if place not in allowed:
+        kind = type(module.__dict__.get("forward")).__name__
+        raise AttachError(
+            "the module's forward was patched by something else after cs.attach",
+            got=f"a {kind} on {type(module).__name__}; the forward of cs.attach is {place.value}",
+            expected="the forward that cs.attach put there",
+            next_step="remove the other patch first, then what cs.attach did",
+        )
 
 
 @functools.cache

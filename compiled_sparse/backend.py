@@ -38,6 +38,7 @@ from compiled_sparse.policy import StepSchedule
 from compiled_sparse.policy import as_policy
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
+from compiled_sparse.recompute import Recall
 from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
 from compiled_sparse.selector import PolicySources
@@ -112,7 +113,15 @@ class _Dispatcher:
         self._lock = threading.RLock()
         self._has_attention = False
         self._warned_of_steps = False
+        self._depends_on_steps = False
+        self._announced: set[Policy] = set()
         self._checked_paths: dict[VariantKey, tuple[str, ...]] = {}
+        self._recall = Recall()
+        with self._recall.compiling(example_inputs):
+            self._compile_first(example_inputs)
+
+    def _compile_first(self, example_inputs: list[Any]) -> None:
+        settings = self._settings
         key = self.key()
         if settings.guard is not None:
             key = replace(key, check_rows=settings.guard.rows)
@@ -126,7 +135,7 @@ class _Dispatcher:
         if not self._has_attention:
             return self._first
         if self._settings.guard is not None:
-            return _GuardedRun(self, self._settings.guard)
+            return self._recall.around(_GuardedRun(self, self._settings.guard))
         variants, build, current_key = self._variants, self.variant, self.key
 
         def run(*inputs: Any) -> Any:
@@ -136,13 +145,13 @@ class _Dispatcher:
                 compiled = build(key)
             return compiled(*inputs)
 
-        return run
+        return self._recall.around(run)
 
     def key(self) -> VariantKey:
         """Return what the present call selects; checks are the guard's matter."""
         sources, call = current_sources(self._settings.policy), current_call()
         dense = dense_schedules(sources, call, self._modules)
-        if not self._warned_of_steps:
+        if self._depends_on_steps and not self._warned_of_steps:
             policies = sources.effective(self._modules)
             self._warned_of_steps = _warn_of_steps(policies, call)
         return VariantKey(current_layout(), sources.forced, sources.environment, dense)
@@ -159,8 +168,13 @@ class _Dispatcher:
         decisions = rewrite(rewritten)
         self._checked_paths[key] = rewrite.checked_paths
         self._has_attention = bool(decisions)
+        self._depends_on_steps |= any(d.is_sparse or d.reason == "step_dense" for d in decisions)
         is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
         _announce(decisions, self._settings.strict, is_automatic=is_automatic)
+        policy = sources.options if sources.override is None else sources.override
+        if policy not in self._announced:
+            self._announced.add(policy)
+            _announce_unmatched(decisions, policy, self._settings.strict)
         return rewritten, rewrite.runtime_inputs
 
     def variant(self, key: VariantKey) -> Compiled:
@@ -212,11 +226,13 @@ class _GuardedRun:
     def _check(self, key: VariantKey, inputs: tuple[Any, ...]) -> Any:
         compiled, paths = self._dispatcher.checked(replace(key, check_rows=self._guard.rows))
         outputs = compiled(*inputs)
-        self._num_checked[key] = self._num_checked.get(key, 0) + 1 if paths else self._guard.calls
         if not paths:
+            self._num_checked[key] = self._guard.calls
             return outputs
         findings = read_findings(paths, outputs[-len(paths) :])
         self._is_dense = report_findings(self._guard, findings)
+        # Not counted where that raises: a second try is checked again.
+        self._num_checked[key] = self._num_checked.get(key, 0) + 1
         if self._is_dense:
             return self._dispatcher.variant(replace(key, forced=_DENSE))(*inputs)
         return outputs[: -len(paths)]
@@ -287,4 +303,36 @@ def _announce(decisions: list[Decision], strict: bool, *, is_automatic: bool) ->
         where,
         detail,
         REASONS[first.reason],
+    )
+
+
+def _announce_unmatched(decisions: list[Decision], policy: Policy, strict: bool) -> None:
+    """Warn, or raise when strict, where no rule matches any video call of a graph.
+
+    Calls of modules with their own policy are `cs.attach`'s matter.
+    """
+    video = [d for d in decisions if d.config_origin]
+    if not video or not policy.sparse_globs:
+        return
+    if any(d.reason != "no_rule" or d.config_origin == "module" for d in video):
+        return
+    rules = ", ".join(repr(glob) for glob, _ in policy.rules)
+    paths = ", ".join(dict.fromkeys(repr(d.path) for d in video))
+    advice = (
+        "correct the globs; blocks that are compiled alone see paths without the block's own: "
+        "give their policy to cs.attach(model, policy)"
+    )
+    if strict:
+        raise StrictRewriteError(
+            "no rule of the policy matches any video attention call of the graph",
+            got=f"rules {rules}; calls of {paths}",
+            expected="globs that match module paths, as strict=True asks",
+            next_step=advice,
+        )
+    logger.warning(
+        "no rule of the policy (%s) matches any video attention call of the graph (%s): all stay "
+        "dense; %s",
+        rules,
+        paths,
+        advice,
     )

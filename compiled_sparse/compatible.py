@@ -8,8 +8,12 @@ import torch
 
 from compiled_sparse import registry
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.errors import DeviceError
+from compiled_sparse.errors import DtypeError
+from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
-from compiled_sparse.layout import check_extents
+from compiled_sparse.layout import as_grid
+from compiled_sparse.layout import check_text
 from compiled_sparse.selector import CallFacts
 from compiled_sparse.selector import Refused
 from compiled_sparse.selector import call_supported
@@ -69,13 +73,48 @@ def compatible(
         One answer per mechanism, by name, for its default config.
 
     Raises:
-        LayoutError: if the grid is not one to three positive integers.
+        LayoutError: if the grid is not one to three positive integers, or text no `Text`.
+        ShapeError: if heads or head size are no positive integers.
+        DtypeError: if the dtype is not one.
+        DeviceError: if the device is not one.
     """
-    check_extents("grid_thw", tuple(grid_thw))
-    device_type = torch.device(device).type
+    grid_thw = as_grid(grid_thw)
+    check_text(text)
+    _check_sizes(heads=heads, head_dim=head_dim)
+    if not isinstance(dtype, torch.dtype):
+        raise DtypeError(
+            "this is no dtype",
+            got=repr(dtype),
+            expected="a torch.dtype",
+            next_step="pass dtype=torch.bfloat16, for instance",
+        )
+    device_type = _device_type(device)
     call = CallFacts(dtype, head_dim, head_dim, device_type, training, key_mask)
-    layout = (tuple(grid_thw), text or Text())
+    layout = (grid_thw, text or Text())
     return tuple(_answer(each.config(), call, *layout, heads) for each in registry.mechanisms())
+
+
+def _check_sizes(**sizes: object) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ShapeError(
+                f"{name} is no size",
+                got=repr(size),
+                expected="an integer of at least 1",
+                next_step=f"pass {name}=64, for instance",
+            )
+
+
+def _device_type(device: str | torch.device) -> str:
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise DeviceError(
+            "this is no device",
+            got=repr(device),
+            expected='a torch.device or its name, such as "cpu" or "cuda"',
+            next_step='pass device="cpu", for instance',
+        ) from None
 
 
 def _answer(

@@ -128,12 +128,18 @@ class Auto(MechanismConfig):
     min_gain: float = 1.3
 
     def __post_init__(self) -> None:
-        in_range = 0.0 < self.window_fraction <= 1.0
-        if not in_range or self.min_tokens < 0 or self.min_gain < 0.0:
+        values = (self.window_fraction, self.min_tokens, self.min_gain)
+        in_range = (
+            all(isinstance(each, int | float) for each in values)
+            and 0.0 < self.window_fraction <= 1.0
+            and self.min_tokens >= 0
+            and self.min_gain >= 0.0
+        )
+        if not in_range:
             raise ConfigError(
                 "Auto has a number out of range",
-                got=f"window_fraction={self.window_fraction}, min_tokens={self.min_tokens}, "
-                f"min_gain={self.min_gain}",
+                got=f"window_fraction={self.window_fraction!r}, min_tokens={self.min_tokens!r}, "
+                f"min_gain={self.min_gain!r}",
                 expected="0 < window_fraction <= 1, min_tokens >= 0, min_gain >= 0",
                 next_step="pass window_fraction=0.6, for instance",
             )
@@ -362,10 +368,10 @@ def parse_json_object(text: str) -> dict[str, Any]:
     """
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigFormatError(
             "not a JSON document",
-            got=f"{text[:40]!r}: {error}",
+            got=f"{repr(text)[:40]}: {error}",
             expected="a JSON object",
             next_step="check the file, or write it again with to_json()",
         ) from None

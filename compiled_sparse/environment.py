@@ -12,6 +12,7 @@ from pathlib import Path
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import known_mechanisms
 from compiled_sparse.config import parse_spec
+from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.errors import UnknownMechanismError
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import as_policy
@@ -63,30 +64,24 @@ def policy_from_environment() -> Policy | None:
     value = os.environ.get(VARIABLE, "").strip()
     if not value:
         return None
-    if value.endswith(".json"):
-        return _read(value, _changed(value))
-    return _parse(value)
+    return _parse(value, _changed(value) if value.endswith(".json") else 0)
 
 
 @lru_cache(maxsize=64)
-def _parse(value: str) -> Policy:
-    if value.lower() in LEVELS:
-        return as_policy(value)
+def _parse(value: str, changed: int = 0) -> Policy:
+    is_form_of_policy = value.endswith(".json") or value.lower() in LEVELS
     try:
-        return as_policy(mechanism_from_name(value))
-    except UnknownMechanismError as error:
-        raise UnknownMechanismError(
+        return as_policy(value if is_form_of_policy else mechanism_from_name(value))
+    except CompiledSparseError as error:
+        forms = f", a spec string, a quality level ({', '.join(LEVELS)}), the path of a policy's "
+        forms += f"JSON file, or one of {', '.join(ALIASES)}"
+        is_unknown = isinstance(error, UnknownMechanismError)
+        raise type(error)(
             f"{VARIABLE} is set to something unknown: {error.problem}",
             got=error.got,
-            expected=f"{error.expected}, a spec string, a quality level ({', '.join(LEVELS)}), the "
-            f"path of a policy's JSON file, or one of {', '.join(ALIASES)}",
+            expected=error.expected + (forms if is_unknown else ""),
             next_step=f"correct {VARIABLE}, or unset it",
         ) from None
-
-
-@lru_cache(maxsize=16)
-def _read(value: str, changed: int) -> Policy:
-    return as_policy(Path(value))
 
 
 def _changed(value: str) -> int:

@@ -78,6 +78,10 @@ class StrictRewriteError(CompiledSparseError, RuntimeError):
     """`strict=True` and a call that should have become sparse stayed dense."""
 
 
+class RecomputeError(CompiledSparseError, RuntimeError):
+    """A backward pass recomputes a region, and nobody can tell which call that was."""
+
+
 class GuardError(CompiledSparseError, RuntimeError):
     """A sparse call's output is not finite, or too far from dense attention's."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_sparse.errors import ConfigError
 from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
@@ -49,7 +50,17 @@ def explain(
 
     Returns:
         One decision per attention call, and the number of graphs.
+
+    Raises:
+        ConfigError: if the policy is not one, or the model cannot be called.
     """
+    if not callable(model):
+        raise ConfigError(
+            "cs.explain is for what can be called",
+            got=repr(model)[:80],
+            expected="a module or a function, then its inputs",
+            next_step="write cs.explain(model, *inputs, policy=...)",
+        )
     sources = current_sources(as_policy(policy))
     step_is_known = current_call().step is not None
     decisions: list[Decision] = []

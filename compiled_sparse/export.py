@@ -62,10 +62,12 @@ def rewrite_exported(
         The rewritten program, with the same inputs, outputs and parameters, and the report.
 
     Raises:
-        ExportError: if the policy keeps steps dense, a mechanism reads values that change from call
-            to call, or a size that the program leaves open would have to be fixed.
+        ExportError: if it is no program, or one that `run_decompositions` has taken apart; if the
+            policy keeps steps dense, a mechanism reads values that change from call to call, or a
+            size that the program leaves open would have to be fixed.
         ConfigError: if the policy is not one.
     """
+    _check_program(exported_program)
     sources = current_sources(as_policy(policy))
     _refuse_schedules(sources)
     graph_module = copy.deepcopy(exported_program.graph_module)
@@ -74,6 +76,8 @@ def rewrite_exported(
     before = set(graph_module.graph.nodes)
     rewrite = SparseAttentionPass(sources, current_layout())
     decisions = rewrite(graph_module)
+    if not decisions:
+        _refuse_decomposed(exported_program)
     _refuse_inputs(rewrite)
     if _count_fixed_sizes(graph_module) != guards:
         raise ExportError(
@@ -91,6 +95,30 @@ def rewrite_exported(
     signature = _renamed_outputs(exported_program, graph_module)
     program = exported_program._update(graph_module, signature)
     return RewrittenProgram(program, Report(tuple(decisions)))
+
+
+def _check_program(program: object) -> None:
+    if not isinstance(program, ExportedProgram):
+        raise ExportError(
+            "this is no exported program",
+            got=repr(program)[:80],
+            expected="what torch.export.export returns",
+            next_step="write cs.rewrite_exported(torch.export.export(model, inputs), policy)",
+        )
+
+
+def _refuse_decomposed(program: ExportedProgram) -> None:
+    """Refuse a program without attention calls that has what they are taken apart into."""
+    ops = {str(node.target) for node in program.graph.nodes}
+    is_unfused = {"aten._softmax.default", "aten.bmm.default"} <= ops
+    is_fused = any(op.startswith("aten._scaled_dot_product_") for op in ops)
+    if is_unfused or is_fused:
+        raise ExportError(
+            "the program's attention calls have been taken apart",
+            got=f"a program of dialect {program.dialect} without scaled_dot_product_attention",
+            expected="a program as torch.export.export returns it",
+            next_step="rewrite it first, then call run_decompositions()",
+        )
 
 
 def _refuse_schedules(sources: PolicySources) -> None:

@@ -42,7 +42,10 @@ class Guard:
     on_failure: str = "warn"
 
     def __post_init__(self) -> None:
-        numbers = self.calls >= 1 and self.rows >= 1 and self.max_relative_error >= 0.0
+        error: Any = self.max_relative_error
+        counts: tuple[Any, ...] = (self.calls, self.rows)
+        numbers = isinstance(error, int | float) and error >= 0.0
+        numbers = numbers and all(isinstance(each, int) and each >= 1 for each in counts)
         if not numbers or self.on_failure not in ON_FAILURE:
             raise ConfigError(
                 "Guard has a value out of range",

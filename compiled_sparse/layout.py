@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from functools import lru_cache
+from typing import Any
 
 from compiled_sparse.errors import LayoutError
 
@@ -139,13 +142,14 @@ class BlockLayout:
         return [min(self.block_size, tokens - i) for i in range(0, tokens, self.block_size)]
 
 
-def check_extents(name: str, extents: tuple[int, ...]) -> None:
+def check_extents(name: str, extents: Any) -> None:
     """Check that `extents` are one to three positive integers.
 
     Raises:
         LayoutError: if they are not.
     """
-    if 1 <= len(extents) <= MAX_GRID_AXES and all(_is_positive(extent) for extent in extents):
+    is_short = isinstance(extents, tuple) and 1 <= len(extents) <= MAX_GRID_AXES
+    if is_short and all(_is_positive(extent) for extent in extents):
         return
     raise LayoutError(
         f"{name} is not a tuple of axis lengths",
@@ -153,6 +157,34 @@ def check_extents(name: str, extents: tuple[int, ...]) -> None:
         expected=f"a tuple of 1 to {MAX_GRID_AXES} positive integers, slowest axis first",
         next_step=f"pass {name} like (21, 30, 52)",
     )
+
+
+def as_grid(value: object) -> tuple[int, ...]:
+    """Return what was given as a grid, as a tuple of plain integers.
+
+    Raises:
+        LayoutError: if it is not one to three positive integers.
+    """
+    grid: Any = value
+    with suppress(TypeError):
+        grid = tuple(map(operator.index, grid))
+    check_extents("grid_thw", grid)
+    return tuple(grid)
+
+
+def check_text(text: object) -> None:
+    """Check that what was given as text is a `Text`, or None.
+
+    Raises:
+        LayoutError: if it is not.
+    """
+    if not isinstance(text, Text | None):
+        raise LayoutError(
+            "text is not a Text",
+            got=repr(text),
+            expected="Text(before=..., after=...) or None",
+            next_step="pass text=cs.Text(after=<number of text tokens>)",
+        )
 
 
 def _is_positive(value: object) -> bool:

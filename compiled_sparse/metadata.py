@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from typing import Any
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MetadataError
 from compiled_sparse.layout import Text
-from compiled_sparse.layout import check_extents
+from compiled_sparse.layout import as_grid
+from compiled_sparse.layout import check_text
+
+logger = logging.getLogger("compiled_sparse")
 
 
 def _is_count(value: object) -> bool:
@@ -26,6 +30,15 @@ def _is_count(value: object) -> bool:
 def _is_fraction(value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 <= value < 1  # type: ignore[operator]
+
+
+def check_index(name: str, value: object) -> None:
+    """Check that the index of a step or a layer is a count, or None.
+
+    Raises:
+        MetadataError: if it is not.
+    """
+    _require(name, value, _is_count(value), "an integer of at least 0")
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
@@ -85,7 +98,7 @@ class CallMetadata:
     sparsity: float | None = None
 
     def __post_init__(self) -> None:
-        _require("step", self.step, _is_count(self.step), "an integer of at least 0")
+        check_index("step", self.step)
         positive = _is_count(self.num_steps) and self.num_steps != 0
         _require("num_steps", self.num_steps, positive, "an integer of at least 1")
         _require("sparsity", self.sparsity, _is_fraction(self.sparsity), "a number in [0, 1)")
@@ -100,13 +113,26 @@ class CallMetadata:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
+    """All that is said about the calls made now.
+
+    Args:
+        layout: The static part, or None where nobody said.
+        call: The part that changes from call to call.
+    """
+
     layout: LayoutMetadata | None = None
     call: CallMetadata = CallMetadata()
 
+    def __str__(self) -> str:
+        """Return what is said, in words."""
+        given = dataclasses.asdict(self.call).items()
+        grid = None if self.layout is None else self.layout.grid_thw
+        return ", ".join([f"grid {grid}", *(f"{k} {v}" for k, v in given if v is not None)])
 
-_NOTHING = _State()
-_current: ContextVar[_State] = ContextVar("compiled_sparse_metadata", default=_NOTHING)
+
+_NOTHING = State()
+_current: ContextVar[State] = ContextVar("compiled_sparse_metadata", default=_NOTHING)
 
 
 def current_layout() -> LayoutMetadata | None:
@@ -117,6 +143,25 @@ def current_layout() -> LayoutMetadata | None:
 def current_call() -> CallMetadata:
     """Return step, number of steps and sparsity as this thread's blocks give them."""
     return _current.get().call
+
+
+def current_state() -> State:
+    """Return all of it."""
+    return _current.get()
+
+
+@contextmanager
+def restored(state: State) -> Iterator[None]:
+    """Hold what was said at another time.
+
+    Args:
+        state: What `current_state` returned then.
+    """
+    token = _current.set(state)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 @contextmanager
@@ -150,7 +195,7 @@ def metadata(
     layout = _layout(outer.layout, grid_thw, text)
     given = {"step": step, "num_steps": num_steps, "sparsity": sparsity}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    token = _current.set(_State(layout, dataclasses.replace(outer.call, **changed)))
+    token = _current.set(State(layout, dataclasses.replace(outer.call, **changed)))
     try:
         yield
     finally:
@@ -161,11 +206,12 @@ def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any]
     """Return a function that tells this package the step a diffusers pipeline is at.
 
     Pass it as `pipe(..., callback_on_step_end=cs.step_callback())`. Making it sets step 0 for the
-    calls that follow in this thread; after step i it sets i + 1, after the last one 0 again.
+    calls that follow in this thread; after step i it sets i + 1, after the last one 0 again. After
+    a run that was broken off, make a new one: the pipeline is met only after its first step.
 
     Args:
-        num_steps: Number of denoising steps; None reads `num_timesteps` of the pipeline after its
-            first step.
+        num_steps: Number of denoising steps, for the first step: after it `num_timesteps` of the
+            pipeline holds where there is one. A warning says if they differ.
 
     Returns:
         A callable for `callback_on_step_end`; it returns the keyword arguments it was given.
@@ -174,9 +220,20 @@ def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any]
         MetadataError: if `num_steps` is not a positive integer.
     """
     _set_step(0, num_steps)
+    has_warned = False
 
     def after_step(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
-        total = num_steps if num_steps is not None else getattr(pipe, "num_timesteps", None)
+        nonlocal has_warned
+        said = getattr(pipe, "num_timesteps", None)
+        total = said if _is_count(said) and said else num_steps
+        if not has_warned and num_steps not in (None, total):
+            has_warned = True
+            logger.warning(
+                "cs.step_callback(%d) is in a pipeline of %d steps, which holds from now on; leave "
+                "num_steps out, or correct it",
+                num_steps,
+                total,
+            )
         is_last = total is not None and step + 1 >= total
         _set_step(0 if is_last else step + 1, total)
         return kwargs
@@ -206,6 +263,5 @@ def _layout(
             expected="the token grid of the video",
             next_step="pass grid_thw=(T, H, W), counted in tokens after patching",
         )
-    grid_thw = tuple(grid_thw)
-    check_extents("grid_thw", grid_thw)
-    return LayoutMetadata(grid_thw, text)
+    check_text(text)
+    return LayoutMetadata(as_grid(grid_thw), text)

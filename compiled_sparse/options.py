@@ -60,9 +60,16 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     given = dict(options or {})
     policy = as_policy(given.pop("policy", None))
     inner = given.pop("inner", "inductor")
-    strict = bool(given.pop("strict", False))
+    strict = given.pop("strict", False)
     guard = as_guard(given.pop("guard", None))
     mode = given.pop("mode", None) or mode
+    if not isinstance(strict, bool):
+        raise UnknownOptionError(
+            "strict is neither True nor False",
+            got=repr(strict),
+            expected="True or False",
+            next_step='pass options={"strict": True} to raise where a call stays dense',
+        )
     if inner not in INNER_COMPILERS:
         raise UnknownOptionError(
             "unknown inner compiler",

@@ -15,6 +15,7 @@ from typing import Any
 
 from compiled_sparse.config import FORMAT_VERSION
 from compiled_sparse.config import Auto
+from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import check_version
 from compiled_sparse.config import parse_json_object
@@ -111,6 +112,11 @@ class Policy:
     def is_automatic(self) -> bool:
         """Whether no rule names a mechanism."""
         return all(isinstance(config, Auto) for _, config in self.rules)
+
+    @property
+    def sparse_globs(self) -> tuple[str, ...]:
+        """Globs of the rules that may make something sparse."""
+        return tuple(glob for glob, config in self.rules if not isinstance(config, Dense))
 
     @property
     def has_dense_layers(self) -> bool:
@@ -260,10 +266,10 @@ def quality(name: str) -> Policy:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigFormatError(
             "policy file cannot be read",
-            got=f"{path}: {error.strerror}",
+            got=f"{path}: {getattr(error, 'strerror', error)}",
             expected="a readable JSON file written by Policy.to_json()",
             next_step="check the path",
         ) from None

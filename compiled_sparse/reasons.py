@@ -9,7 +9,8 @@ REASONS: dict[str, str] = {
     "cross_attention": "Keys are other tokens than the queries (text, image). Nothing to do.",
     "not_video": "Self-attention over tokens that are not from the patch embedding, such as text. "
     "Nothing to do.",
-    "policy_dense": "The policy says dense here, or has no rule for this module.",
+    "policy_dense": "The policy says dense here. Nothing to do.",
+    "no_rule": "No rule of the policy matches this module. Correct the globs, or add one for it.",
     "step_dense": "The policy keeps this denoising step dense. Nothing to do.",
     "layer_dense": "The policy keeps this layer dense. Nothing to do.",
     "layer_unknown": "The policy has dense layers or windows by layer, and this graph does not "
@@ -46,6 +47,7 @@ EXPECTED_DENSE = frozenset(
         "cross_attention",
         "not_video",
         "policy_dense",
+        "no_rule",
         "step_dense",
         "layer_dense",
         "other_attention",

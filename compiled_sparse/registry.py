@@ -183,8 +183,15 @@ def register(mechanism: Mechanism) -> Mechanism:
     """Make a mechanism known by its config's name; registering it again changes nothing.
 
     Raises:
-        ConfigError: if another mechanism has the name.
+        ConfigError: if another mechanism has the name, or it is no mechanism.
     """
+    if not isinstance(mechanism, Mechanism):
+        raise ConfigError(
+            "this is no mechanism",
+            got=repr(mechanism),
+            expected="a compiled_sparse.registry.Mechanism",
+            next_step="make one with block_selector_mechanism(...), for instance",
+        )
     known = _mechanisms.get(mechanism.name, mechanism)
     if known.config is not mechanism.config or mechanism.name in _RESERVED:
         raise ConfigError(

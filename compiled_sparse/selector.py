@@ -117,11 +117,13 @@ class Requested:
         config: The config.
         origin: "force", "environment", "module", "options" or "auto".
         policy: The policy that said so; its schedule holds for the site.
+        has_rule: Whether one of its rules did; else the config is `Dense`.
     """
 
     config: MechanismConfig
     origin: str
     policy: Policy
+    has_rule: bool = True
 
 
 def current_sources(options: Policy = AUTOMATIC) -> PolicySources:
@@ -155,7 +157,9 @@ def requested(sources: PolicySources | Policy, site: SiteFacts | str) -> Request
         if policy is not None
     )
     matched = policy.match(site.path, site.kind)
-    return Requested(Dense() if matched is None else matched[1], origin, policy)
+    if matched is None:
+        return Requested(Dense(), origin, policy, has_rule=False)
+    return Requested(matched[1], origin, policy)
 
 
 def dense_schedules(
@@ -304,5 +308,6 @@ def _choose_auto(auto: Auto, layout: BlockLayout, heads: int) -> Chosen | Refuse
     assert mechanism.automatic is not None
     chosen = mechanism.evaluate(mechanism.automatic(auto, layout), layout, heads)
     if isinstance(chosen, Chosen) and chosen.predicted_gain < auto.min_gain:
-        return Refused("no_gain", f"predicted {chosen.predicted_gain:.1f}x")
+        gain = f"predicted {chosen.predicted_gain:.2f}x, {auto.min_gain:.2f}x needed"
+        return Refused("no_gain", gain)
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -118,8 +119,9 @@ def table(num_layers: int) -> cs.STA:
         (Attention(), {"modules": "nothing.*"}, "a glob of modules matches nothing"),
         (Attention().to("meta"), {}, "the model has no memory yet"),
         (TinyDiT(2), {"policy": table(3)}, "a table of windows is for another number of layers"),
+        (TinyDiT(2), {"policy": {"blocks.*.attnX": "sta", "*": "dense"}}, "no sparse rule"),
     ],
-    ids=["none", "glob", "meta", "table"],
+    ids=["none", "glob", "meta", "table", "rule"],
 )
 def test_what_cannot_be_attached_is_refused_with_the_next_step(
     model: nn.Module, arguments: dict[str, Any], problem: str
@@ -297,6 +299,138 @@ def test_removing_from_under_a_later_patch_is_refused() -> None:
     module.forward = types.MethodType(lambda self, x: x, module)
     with pytest.raises(AttachError, match="patched by something else after"):
         handle.remove()
+
+
+class Hooks:
+    """What accelerate does with a module's forward, in small."""
+
+    @staticmethod
+    def add(module: Any) -> None:
+        """Call a hook around the forward that is there."""
+        old = module._old_forward if hasattr(module, "_old_forward") else module.forward
+        module._old_forward = old
+
+        def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return module._old_forward(*args, **kwargs)
+
+        hooked = functools.partial(new_forward, module)
+        module.forward = functools.update_wrapper(hooked, old)
+
+    @staticmethod
+    def remove(module: Any) -> None:
+        """Put the forward back that was there when the hook came."""
+        module.forward = module._old_forward
+        del module._old_forward
+
+
+def hooked(model: TinyDiT) -> list[Any]:
+    """The modules a loader hooks: the model and some of its attention."""
+    return [model, *attentions(model)[:2]]
+
+
+def dispatched_plainly(module: Any) -> Any:
+    """A wrapper that shows what it wraps by `__wrapped__` alone."""
+    inner = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    return forward
+
+
+def test_attaching_again_under_a_loaders_hook_changes_policy_and_layers_alone() -> None:
+    model, inputs = model_of(), dit_inputs()
+    expected = model(*inputs)
+    cs.attach(model, "dense")
+    for module in hooked(model):
+        Hooks.add(module)
+    model.blocks[2].attn1.forward = dispatched_plainly(model.blocks[2].attn1)
+    before = [module.forward for module in hooked(model)]
+    cs.attach(model, POLICY)
+    assert torch.equal(model(*inputs), expected)
+    assert all(is_bound(module) for module in attentions(model))
+    assert [module.forward for module in hooked(model)] == before
+    policies = {module._compiled_sparse_policy for module in attentions(model)}
+    assert [cs.Policy.from_json(p).rules for p in policies] == [(("*", POLICY),)]
+
+
+def test_removing_under_a_loaders_hook_is_refused_and_breaks_nothing() -> None:
+    model, inputs = model_of(), dit_inputs()
+    expected, before = model(*inputs), snapshot(model)
+    handle = cs.attach(model, POLICY)
+    Hooks.add(model)
+    with pytest.raises(AttachError, match="under the wrapper of something else"):
+        handle.remove()
+    assert all(is_bound(module) for module in attentions(model))
+    assert torch.equal(model(*inputs), expected)
+    Hooks.remove(model)
+    handle.remove()
+    assert snapshot(model) == before
+
+
+def test_a_forward_that_a_loader_took_away_is_put_back_by_attaching_again() -> None:
+    model, inputs = model_of(), dit_inputs()
+    expected = model(*inputs)
+    for module in hooked(model):
+        Hooks.add(module)
+    handle = cs.attach(model, POLICY)
+    for module in hooked(model):
+        Hooks.remove(module)
+    assert [is_bound(module) for module in attentions(model)] == [False, False, True]
+    assert torch.equal(model(*inputs), expected)
+    again = cs.attach(model, POLICY)
+    assert all(is_bound(module) for module in attentions(model))
+    assert torch.equal(model(*inputs), expected)
+    handle.remove()
+    again.remove()
+    assert not any(hasattr(module, LAYER) for module in model.modules())
+    assert torch.equal(model(*inputs), expected)
+
+
+def test_removing_what_a_loader_took_away_leaves_a_working_model() -> None:
+    model, inputs = model_of(), dit_inputs()
+    expected = model(*inputs)
+    for module in hooked(model):
+        Hooks.add(module)
+    handle = cs.attach(model, POLICY)
+    for module in hooked(model):
+        Hooks.remove(module)
+    handle.remove()
+    assert not any(hasattr(module, LAYER) for module in model.modules())
+    assert torch.equal(model(*inputs), expected)
+
+
+def test_a_forward_that_hides_what_it_wraps_is_refused_before_anything_changes() -> None:
+    model, inputs = model_of(), dit_inputs()
+    cs.attach(model, "dense")
+    for module in (model, model.blocks[2].attn1):
+        expected = model(*inputs)
+        inner = module.forward
+        module.forward = lambda *args, inner=inner, **kwargs: inner(*args, **kwargs)
+        policies = [each._compiled_sparse_policy for each in attentions(model)]
+        for globs in (None, "blocks.0.attn1"):
+            if globs is None or module is not model:
+                with pytest.raises(AttachError, match="out of sight"):
+                    cs.attach(model, POLICY, modules=globs)
+        assert [each._compiled_sparse_policy for each in attentions(model)] == policies
+        assert torch.equal(model(*inputs), expected)
+        module.forward = inner
+
+
+def test_a_stale_handle_leaves_a_newer_attach_alone() -> None:
+    model = model_of()
+    before = snapshot(model)
+    stale = cs.attach(model, "dense")
+    newer = cs.attach(model, POLICY)
+    attached = snapshot(model)
+    stale.remove()
+    assert snapshot(model) == attached
+    newer.remove()
+    assert snapshot(model) == before
+    with cs.attach(model, POLICY):
+        newer.remove()
+        assert snapshot(model) == attached
 
 
 def test_the_report_says_when_it_takes_effect() -> None:

@@ -21,6 +21,7 @@ from modules import expected_output
 from modules import parameter_gradients
 from modules import raster
 from modules import video
+from test_regional import Counting
 from torch import Tensor
 from torch import fx
 from torch import nn
@@ -28,6 +29,7 @@ from torch import nn
 import compiled_sparse as cs
 from compiled_sparse.backend import compiled_sparse_backend
 from compiled_sparse.errors import CompiledSparseError
+from compiled_sparse.errors import StrictRewriteError
 from compiled_sparse.passes.fx import nested_graphs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -279,3 +281,81 @@ def test_a_graph_without_attention_is_handed_on() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(compile_sparse(linear)(x), linear(x))
+
+
+def test_short_sequences_of_many_sizes_share_one_graph_until_one_is_long(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, counts = TinyDiT(1).requires_grad_(False), []
+    backend = Counting(policy=cs.Auto(min_tokens=100))
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    with caplog.at_level(logging.INFO, "compiled_sparse"):
+        for grid in ((3, 4, 5), (2, 4, 6), (3, 5, 6), (2, 6, 4), (5, 6, 7)):
+            inputs = dit_inputs(grid)
+            assert_close(compiled(*inputs), model(*inputs))
+            counts.append(backend.calls)
+    assert counts == [1, 1, 1, 1, 2]
+    said = [r.getMessage() for r in caplog.records if "attention calls sparse" in r.getMessage()]
+    assert ["too_short" in each for each in said] == [True, False]
+
+
+# Policies that match nothing.
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    ours = (record for record in caplog.records if record.name == "compiled_sparse")
+    return [record for record in ours if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
+def test_globs_that_match_no_video_call_are_warned_about_once(
+    whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = TinyDiT().requires_grad_(False), dit_inputs()
+    policy = {"layers.*": POLICY, "blocks.*.attn2": POLICY}
+    expected = model(*inputs)
+    if whole:
+        model.compile(backend="compiled_sparse", options={"policy": policy, "inner": "eager"})
+    else:
+        for block in model.blocks:
+            block.compile(backend="compiled_sparse", options={"policy": policy, "inner": "eager"})
+    with cs.metadata(grid_thw=GRID):
+        assert_close(model(*inputs), expected)
+        with cs.force("dense"):
+            assert_close(model(*inputs), expected)
+    (record,) = warnings_of(caplog)
+    assert "no rule of the policy ('layers.*', 'blocks.*.attn2') matches" in record.getMessage()
+    paths = "('blocks.0.attn1', 'blocks.1.attn1')" if whole else "('attn1')"
+    assert paths in record.getMessage()
+    assert "cs.attach" in record.getMessage()
+
+
+def test_globs_that_match_no_video_call_are_an_error_when_strict() -> None:
+    model, inputs = TinyDiT(), dit_inputs()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        compile_sparse(model, policy={"layers.*": POLICY}, strict=True)(*inputs)
+    error = caught.value.inner_exception
+    assert isinstance(error, StrictRewriteError)
+    assert error.got == "rules 'layers.*'; calls of 'blocks.0.attn1', 'blocks.1.attn1'"
+
+
+@pytest.mark.parametrize("policy", [{"blocks.0.*": POLICY}, {"layers.*": "dense"}])
+def test_a_policy_that_matches_some_calls_or_wants_none_is_not_warned_about(
+    policy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    compile_sparse(TinyDiT(), policy=policy, strict=True)(*dit_inputs())
+    assert not warnings_of(caplog)
+
+
+def test_attached_modules_without_a_rule_are_not_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, inputs = TinyDiT(), dit_inputs()
+    cs.attach(model, {"blocks.1.*": POLICY})
+    report = cs.explain(model, *inputs)
+    assert [site.reason for site in report.sites if site.kind == "self"] == ["no_rule", ""]
+    for block in model.blocks:
+        block.compile(backend="compiled_sparse", options={"inner": "eager", "strict": True})
+    with cs.metadata(grid_thw=GRID):
+        model(*inputs)
+    assert not warnings_of(caplog)

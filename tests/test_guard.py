@@ -216,6 +216,25 @@ def test_new_shapes_go_through_the_checked_graph(statistics: list[Any]) -> None:
     assert len(statistics) == 3
 
 
+def test_a_second_try_after_an_error_is_checked_again(statistics: list[Any]) -> None:
+    compiled = compile_sparse(model(), guard={**STRICT, "calls": 1, "on_failure": "raise"})
+    inputs = dit_inputs()
+    for count in (1, 2, 3):
+        with pytest.raises(GuardError):
+            compiled(*inputs)
+        assert len(statistics) == count
+
+
+def test_no_more_rows_are_compared_than_there_are() -> None:
+    q = torch.randn(1, 2, 60, 8)
+    out = torch.randn(1, 2, 60, 8)
+    few, many = (
+        torch.ops.compiled_sparse.guard_statistics(q, q, q, out, None, rows, None)
+        for rows in (60, 6000)
+    )
+    assert torch.equal(few, many)
+
+
 @pytest.mark.parametrize("value", [True, {}, cs.Guard(), {"calls": 2}])
 def test_a_guard_can_be_written_in_several_ways(value: Any) -> None:
     assert as_guard(value) == cs.Guard()

@@ -157,9 +157,9 @@ def _in_new_context(function: Any) -> Any:
     return results[0]
 
 
-@pytest.mark.parametrize(("num_steps", "pipe_steps"), [(3, None), (None, 3), (3, 7)])
+@pytest.mark.parametrize(("num_steps", "pipe_steps"), [(3, None), (None, 3), (7, 3)])
 def test_the_callback_counts_steps_and_starts_over(
-    num_steps: int | None, pipe_steps: int | None
+    num_steps: int | None, pipe_steps: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     def sample() -> list[int | None]:
         pipe = SimpleNamespace(num_timesteps=pipe_steps)
@@ -170,9 +170,24 @@ def test_the_callback_counts_steps_and_starts_over(
             kwargs = {"latents": step}
             assert callback(pipe, step, 1000 - step, kwargs) is kwargs
             assert current_call().num_steps == 3
+            assert num_steps != 7 or "pipeline of 3 steps" in caplog.text
+        assert len(caplog.records) == (num_steps == 7)
         return [*seen, current_call().step]
 
     assert _in_new_context(sample) == [0, 1, 2, 0]
+
+
+def test_a_callback_starts_anew_with_the_next_run() -> None:
+    def sample() -> list[int | None]:
+        callback, seen = cs.step_callback(), []
+        for length, stop in ((5, 2), (3, 3), (4, 4)):
+            pipe = SimpleNamespace(num_timesteps=length)
+            for step in range(stop):
+                callback(pipe, step, 0, {})
+                seen.append(current_call().step)
+        return seen
+
+    assert _in_new_context(sample) == [1, 2, 1, 2, 0, 1, 2, 3, 0]
 
 
 def test_a_callback_made_inside_a_block_ends_with_it() -> None:

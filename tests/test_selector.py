@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -137,6 +139,7 @@ def test_text_counts_towards_the_length_that_automatic_mode_wants() -> None:
     refused = choose(Auto(), (10, 10, 10), 0, 1048, 1)
     assert isinstance(refused, Refused)
     assert refused.reason == "no_gain"
+    assert re.fullmatch(r"predicted \d\.\d\dx, \d+\.\d\dx needed", refused.detail)
 
 
 def test_only_what_depends_on_the_grid_needs_it_static() -> None:

@@ -191,6 +191,14 @@ def test_an_unknown_step_counts_as_the_first_and_is_warned_of_once(
     assert "cs.step_callback()" in caplog.text
 
 
+def test_a_graph_without_sparse_calls_does_not_ask_for_the_step(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = {"blocks.9.*": POLICY, "*": "dense"}
+    compile_sparse(model, policy=cs.Policy(rules, dense_first_steps=1))(*dit_inputs())
+    assert "not known" not in caplog.text
+
+
 def test_without_the_number_of_steps_none_is_the_last(
     model: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:

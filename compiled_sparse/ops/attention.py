@@ -16,6 +16,9 @@ from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
+from compiled_sparse.layout import as_grid
+from compiled_sparse.layout import check_text
+from compiled_sparse.metadata import check_index
 from compiled_sparse.metadata import current_call
 from compiled_sparse.registry import mechanism_of
 from compiled_sparse.runtime import call_tensor
@@ -81,7 +84,8 @@ def attention(
         text: Text tokens around the video in the same sequence.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
-        step: Denoising step, for a config with a table of windows; None means the first.
+        step: Denoising step, for a config with a table of windows; None means that of
+            `cs.metadata`, else the first. Traced code has no metadata: pass it there.
         layer: Layer, for the same.
         return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
 
@@ -92,13 +96,19 @@ def attention(
         MissingGridError: if the mechanism needs a grid and none was given.
         ConfigError: if the mechanism cannot run on its own (`Auto`), its windows are not one per
             query head, or `return_lse` is not available.
-        LayoutError: if the grid has another number of axes than the config.
-        ShapeError: if queries and keys are not equally long, so that this is no self-attention.
+        LayoutError: if the grid has another number of axes than the config, or grid or text are of
+            another type.
+        MetadataError: if step or layer are no indices.
+        ShapeError: if queries and keys are not equally long, so that this is no self-attention, or
+            keys and values are not.
         CompiledSparseError: whatever the mechanism's op raises for wrong shapes and dtypes.
     """
+    if not torch.compiler.is_compiling():
+        _check_arguments(grid_thw, text, step, layer)
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
-    mechanism = mechanism_of(config)
+    given: object = config
+    mechanism = mechanism_of(config) if isinstance(given, MechanismConfig) else None
     if mechanism is None:
         raise ConfigError(
             "this config names no mechanism that can be called",
@@ -113,6 +123,8 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
+    if step is None and not torch.compiler.is_compiling():
+        step = current_call().step
     config = config.at(step, layer)
     text = text or Text()
     tile = _resolve_tile(config, tuple(grid_thw))
@@ -121,6 +133,15 @@ def attention(
     runtime = [_runtime_tensor(name, config, step, layer, q.device) for name in call.runtime_inputs]
     out, lse = call.op(q, k, v, key_mask, *call.arguments, *runtime, scale)
     return (out, lse) if return_lse else out
+
+
+def _check_arguments(grid_thw: object, text: object, step: object, layer: object) -> None:
+    """Check what is no tensor; in traced code these have other types."""
+    if grid_thw is not None:
+        as_grid(grid_thw)
+    check_text(text)
+    check_index("step", step)
+    check_index("layer", layer)
 
 
 def _runtime_tensor(
@@ -169,6 +190,13 @@ def _dense(
             got="return_lse=True",
             expected="return_lse=False",
             next_step="use a window that spans the grid, or cs.reference.attention",
+        )
+    if k.dim() == v.dim() == 4 and k.shape[2] != v.shape[2]:
+        raise ShapeError(
+            "keys and values are of different lengths",
+            got=f"{k.shape[2]} keys, {v.shape[2]} values",
+            expected="equal lengths",
+            next_step="pass keys and values of the same tokens",
         )
     mask = None if key_mask is None else key_mask[:, None, None, :]
     gqa = q.shape[1] != k.shape[1]

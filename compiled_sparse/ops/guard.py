@@ -28,6 +28,7 @@ def _guard_statistics(
 ) -> Tensor:
     """Compare evenly spread rows; see `compiled_sparse.guard.read_findings`."""
     q, k, v, out = (each.detach() for each in (q, k, v, out))
+    rows = min(rows, q.shape[2])
     positions = torch.arange(rows, device=q.device) * q.shape[2] // rows
     mask = None if key_mask is None else key_mask[:, None, None, :]
     gqa = q.shape[1] != k.shape[1]

@@ -13,8 +13,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
-from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.checks import Checks
@@ -151,7 +151,7 @@ class SparseAttentionPass:
         if not isinstance(layout, SiteLayout):
             return dense_decision(site, facts, layout)
         wanted = requested(self.sources, facts)
-        outcome = _prove(site, wanted.config, layout)
+        outcome = _prove(site, wanted, layout)
         dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
         if isinstance(outcome, Refused):
             return dense_decision(site, facts, outcome, wanted)
@@ -252,11 +252,12 @@ def _kind(layout: SiteLayout | Refused | Refusal) -> str:
 
 
 def _prove(
-    site: Site, config: MechanismConfig, layout: SiteLayout
+    site: Site, wanted: Requested, layout: SiteLayout
 ) -> tuple[SiteLayout, Chosen] | Refused:
     """Default deny: every condition must hold, the first that does not is the reason."""
+    config = wanted.config
     if isinstance(config, Dense):
-        return Refused("policy_dense")
+        return Refused("policy_dense") if wanted.has_rule else Refused("no_rule")
     capabilities = capabilities_of(config)
     refused = (
         _call_supported(site, capabilities)
@@ -270,6 +271,10 @@ def _prove(
     )
     if refused is not None:
         return refused
+    length = site.tensor("query").shape[2]
+    # Compared before the grid becomes static: short sequences of any grid share one graph.
+    if isinstance(config, Auto) and bool(length < config.min_tokens):
+        return Refused("too_short", f"{hint(length)} tokens")
     if needs_static_grid(config):
         layout = specialized(layout)
     if not is_static(layout) and not can_be_dynamic(site, layout):

@@ -68,6 +68,14 @@ CASES = {
         "leave cross-attention dense",
         lambda: attend(cs.STA(), k=Q[:, :, :10]),
     ),
+    "values of other tokens": Case(
+        errors.ShapeError,
+        "keys and values are of different lengths",
+        "12 keys, 10 values",
+        "equal lengths",
+        "of the same tokens",
+        lambda: attend(cs.Dense(), v=Q[:, :, :10]),
+    ),
     "dense lse": Case(
         errors.ConfigError,
         "dense attention does not return the log-sum-exp",

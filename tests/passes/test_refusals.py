@@ -194,9 +194,14 @@ def test_windows_for_another_number_of_heads_are_refused() -> None:
     assert_untouched(SELF_ATTENTION, video(), reason="heads_mismatch", policy=policy)
 
 
-@pytest.mark.parametrize("policy", ["dense", {"other": POLICY}, {"at*": "dense", "*": POLICY}])
+@pytest.mark.parametrize("policy", ["dense", {"at*": "dense", "*": POLICY}])
 def test_the_policy_can_leave_a_module_dense(policy: Any) -> None:
     assert_untouched(SELF_ATTENTION, video(), reason="policy_dense", policy=policy)
+
+
+@pytest.mark.parametrize("policy", [{"other": POLICY}, {"joint:*": POLICY}])
+def test_a_module_without_a_rule_stays_dense(policy: Any) -> None:
+    assert_untouched(SELF_ATTENTION, video(), reason="no_rule", policy=policy)
 
 
 def test_a_policy_can_name_a_module() -> None:
