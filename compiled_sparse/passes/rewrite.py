@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
@@ -273,7 +274,7 @@ def _prove(
         return refused
     length = site.tensor("query").shape[2]
     # Compared before the grid becomes static: short sequences of any grid share one graph.
-    if isinstance(config, Auto) and bool(length < config.min_tokens):
+    if isinstance(config, Auto) and guard_or_false(length < config.min_tokens):
         return Refused("too_short", f"{hint(length)} tokens")
     if needs_static_grid(config):
         layout = specialized(layout)
