@@ -16,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 BATCHED = ("hunyuan video", "qwen image", "cogvideox 5b")
 GRIDS = {3: ((3, 4, 5), (5, 3, 4), (2, 5, 7), (3, 4, 5)), 2: ((6, 7), (7, 8), (5, 9), (6, 7))}
-RESIZED = ("wan", "hunyuan video")
+RESIZED = ("wan",)
 RESIZED_SLOWLY = (
+    "hunyuan video",
     "cogvideox 5b",
     "qwen image",
     "allegro",

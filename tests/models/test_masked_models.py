@@ -123,7 +123,7 @@ def _compiled(model: nn.Module, policy: Any) -> Any:
     return torch.compile(model, backend="compiled_sparse", options=options)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", CASES)
 def test_padded_tokens_are_hidden_as_the_model_says(name: str, batch: int) -> None:
     build, form = CASES[name]
@@ -149,7 +149,7 @@ def test_a_dense_model_keeps_its_output_with_smaller_masks(name: str) -> None:
         assert_close(_compiled(model, "dense")(**inputs)[0], model(**inputs)[0])
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_padding_of_the_video_itself_is_known_in_allegro(batch: int) -> None:
     """The mask is pooled to tokens, made boolean, additive and spread over the heads."""
     model = diffusers.AllegroTransformer3DModel(

@@ -108,7 +108,10 @@ def test_layers_are_numbered_as_the_model_registers_them() -> None:
         assert_close(harness.outputs(case), want)
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan video"])
+@pytest.mark.parametrize(
+    "name",
+    ["wan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ltx", "hunyuan video"))],
+)
 def test_as_many_compilations_as_dense_and_three_resolutions_are_right(name: str) -> None:
     config, counts = scheduled(2), []
     for is_sparse in (False, True):

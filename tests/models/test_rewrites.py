@@ -13,21 +13,19 @@ from measure import measure
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-FAST = (
-    "wan",
+FAST = ("wan", "hunyuan video", "cogvideox 5b", "ltx", "flux")
+SLOW = (
     "wan vace",
     "wan animate",
     "skyreels v2",
     "chronoedit",
-    "hunyuan video",
+    "hunyuan video framepack",
     "hunyuan video image, token replace",
     "hunyuan video 1.5",
-    "cogvideox 5b",
     "cogvideox 1.5",
-    "ltx",
+    "mochi",
     "allegro",
     "easyanimate",
-    "flux",
     "sd3",
     "qwen image",
 )
@@ -67,6 +65,7 @@ models = pytest.mark.parametrize(
 )
 EXPLAINED = (
     *FAST,
+    *SLOW,
     "wan image",
     "wan timesteps",
     "skyreels v2 causal",
