@@ -18,6 +18,8 @@ from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import atoms_of
+from compiled_sparse.passes.tracks import named_atoms
+from compiled_sparse.passes.tracks import track_size
 
 Pick = tuple[Track, Any]
 """A batch dimension, and what was picked from it."""
@@ -25,7 +27,7 @@ Pick = tuple[Track, Any]
 _SPLITS = frozenset({"chunk", "split", "tensor_split", "split_with_sizes", "unbind"})
 
 
-def own_picks(node: fx.Node, operand: Tracks | None, result: Tracks | None) -> Iterator[Pick]:
+def own_picks(node: fx.Node, operand: Tracks, result: Tracks) -> Iterator[Pick]:
     """Yield what an operation picks from the batch dimensions of its operand.
 
     Args:
@@ -33,10 +35,8 @@ def own_picks(node: fx.Node, operand: Tracks | None, result: Tracks | None) -> I
         operand: Tracks of its operand, or of what a split was made of if it takes an element.
         result: Its own tracks.
     """
-    batches = [track for track in operand or () if _is_of_batch(track)]
-    kept = list(result or ())
-    for track in batches:
-        if track not in kept:
+    for track in operand:
+        if _is_of_batch(track) and track not in result:
             yield track, _what(node)
 
 
@@ -61,8 +61,7 @@ def _what(node: fx.Node) -> Any:
 
 def _is_of_batch(track: Track) -> bool:
     """Whether a dimension is the first one of an input, or made of it, and of several members."""
-    sizes = [part.size for part in track]
-    return not (len(sizes) == 1 and same(sizes[0], 1)) and any(map(_is_first, atoms_of(track)))
+    return not same(track_size(track), 1) and any(map(_is_first, atoms_of(track)))
 
 
 def _is_first(atom: Atom) -> bool:
@@ -70,10 +69,7 @@ def _is_first(atom: Atom) -> bool:
 
 
 def _names_first(origin: Any) -> bool:
-    if not isinstance(origin, tuple):
-        return False
-    if isinstance(origin[0], fx.Node):
-        return origin[0].op == "placeholder" and origin[1:] == (0,)
-    if origin[0] in ("digit", "run"):
-        return _is_first(origin[1])
-    return origin[0] == "fused" and any(map(_is_first, origin[1].atoms))
+    node, *rest = origin if isinstance(origin, tuple) else (origin,)
+    if isinstance(node, fx.Node):
+        return node.op == "placeholder" and rest == [0]
+    return any(map(_is_first, named_atoms(origin)))

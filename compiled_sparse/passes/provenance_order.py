@@ -45,7 +45,7 @@ def _roll(analysis: Provenance, node: fx.Node) -> TrackValue:
 
 @rule("index_select", "gather", "take_along_dim")
 def _select(analysis: Provenance, node: fx.Node) -> TrackValue:
-    position = 2 if node.kwargs.get("index") is None and _takes_index_first(node) else 1
+    position = 2 if _takes_index_first(node) else 1
     dim = argument(node, position, "dim")
     return moved_dims(analysis, node, [dim] if isinstance(dim, int) else None)
 

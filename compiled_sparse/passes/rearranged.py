@@ -19,6 +19,7 @@ from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import is_bare
 from compiled_sparse.passes.tracks import is_constant
+from compiled_sparse.passes.tracks import named_atoms
 from compiled_sparse.passes.tracks import stream
 
 _REARRANGED = "rearranged"
@@ -96,15 +97,7 @@ def _sources(track: Track) -> Iterator[Atom]:
 
 def _sources_of(atom: Atom) -> Iterator[Atom]:
     for origin in atom.origins if isinstance(atom, Stream) else ():
-        if isinstance(origin, tuple) and origin[0] == _REARRANGED:
-            for source in origin[3]:
-                yield source
-                yield from _sources_of(source)
-        elif isinstance(origin, tuple) and origin[0] == _FLIPPED:
-            for source in atoms_of(origin[1]):
-                yield source
-                yield from _sources_of(source)
-        elif isinstance(origin, tuple) and origin[0] in ("digit", "run"):
-            yield from _sources_of(origin[1])
-        elif isinstance(origin, tuple) and origin[0] == "fused":
-            yield from _sources((origin[1],))
+        for inner in named_atoms(origin):
+            if origin[0] in (_REARRANGED, _FLIPPED):
+                yield inner
+            yield from _sources_of(inner)

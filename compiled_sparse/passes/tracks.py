@@ -250,6 +250,20 @@ def atoms_of(track: Track) -> Iterator[Atom]:
         yield from part.atoms
 
 
+def named_atoms(origin: Any) -> tuple[Atom, ...]:
+    """Return the atoms that a stream's name was made of; names of nodes are made of none."""
+    match origin:
+        case ("digit" | "run", whole, *_):
+            return (whole,)
+        case ("fused", part, *_):
+            return tuple(part.atoms)
+        case ("flipped", track):
+            return tuple(atoms_of(track))
+        case ("rearranged", _, _, sources):
+            return tuple(sources)
+    return ()
+
+
 def sole_piece(track: Track) -> Piece | None:
     """Return the piece a dimension consists of, or None if there is anything else."""
     if len(track) != 1 or len(track[0].atoms) != 1 or track[0].cut is not None:

@@ -107,6 +107,8 @@ OTHER_MEMBERS: dict[str, Callable[[Attention, Tensor], Tensor]] = {
     "first for all": lambda attn, x: attn(x, x[:1].expand_as(x)),
     "rolled": lambda attn, x: attn(x, torch.cat([x[1:], x[:1]])),
     "flipped": lambda attn, x: attn(x, x.flip(0)),
+    "slices of flipped": lambda attn, x: attn(x.flip(0)[:1], x.flip(0)[1:]),
+    "slices of rolled": lambda attn, x: attn(*x.roll(1, 0).split(1)),
 }
 
 
