@@ -14,9 +14,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from compiled_sparse.errors import DeviceError
 from compiled_sparse.errors import DoubleBackwardError
 from compiled_sparse.ops import cpu
+from compiled_sparse.ops import gpu
 from compiled_sparse.ops.checks import check_lists
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
@@ -61,8 +61,9 @@ def block_sparse_attention(
     """Softmax attention of every query block over its listed key blocks.
 
     Blocks are numbered: runs of text in front, tiles in raster order, runs of text behind; a run
-    has as many slots as the tile. Arithmetic is float32 (float64 for float64 inputs). A query
-    without a visible key gives `out` 0 and `lse` -inf, and no gradient.
+    has as many slots as the tile. Arithmetic is float32 (float64 for float64 inputs); on GPUs the
+    operands of products are rounded to the dtype of the inputs. A query without a visible key gives
+    `out` 0 and `lse` -inf, and no gradient.
 
     Args:
         q: [batch, query heads, query length, head_dim]; float32, bfloat16, float16 or float64.
@@ -90,8 +91,9 @@ def block_sparse_attention(
         ShapeError: if shapes do not fit each other.
         DtypeError: if dtypes are unsupported or differ.
         LayoutError: if grid and text do not add up to the lengths.
-        BlockListError: if a list is out of range (checked on the CPU).
-        DeviceError: if the device has no implementation.
+        BlockListError: if a list is out of range; checked on the CPU, and on GPUs on request only
+            (`COMPILED_SPARSE_CHECK_LISTS=1`), because it makes the host wait.
+        DeviceError: if the tensors are on different devices.
     """
     op = torch.ops.compiled_sparse.block_sparse_attention
     outputs: tuple[Tensor, Tensor] = op(
@@ -125,7 +127,7 @@ def _resolve_scale(scale: float | None, q: Tensor) -> float:
     return float(q.shape[-1]) ** -0.5 if scale is None else scale
 
 
-def _forward_cpu(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -141,22 +143,18 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     check_tensors(q, k, v, key_mask, (block_indices, block_counts))
     check_shapes(q, k, v, key_mask)
-    q_layout, kv_layout = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
-    check_lists(block_indices, block_counts, q, q_layout, kv_layout)
-    return cpu.block_sparse_forward(
-        q,
-        k,
-        v,
-        block_indices,
-        block_counts,
-        key_mask,
-        block_tokens(q_layout),
-        block_tokens(kv_layout),
-        _resolve_scale(scale, q),
-    )
+    layouts = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
+    check_lists(block_indices, block_counts, q, *layouts)
+    arguments = (q, k, v, block_indices, block_counts, key_mask)
+    scale = _resolve_scale(scale, q)
+    if _on_gpu_kernels(q):
+        outputs = _empty_outputs(q)
+        gpu.block_sparse_forward(*arguments, *layouts, scale, outputs)
+        return outputs
+    return cpu.block_sparse_forward(*arguments, *map(block_tokens, layouts), scale)
 
 
-def _backward_cpu(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -174,39 +172,30 @@ def _backward_cpu(
     text_after: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_layout, kv_layout = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
-    return cpu.block_sparse_backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        block_indices,
-        block_counts,
-        key_mask,
-        block_tokens(q_layout),
-        block_tokens(kv_layout),
-        _resolve_scale(scale, q),
-    )
+    layouts = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
+    saved = (q, k, v, out, lse, block_indices, block_counts, key_mask)
+    scale = _resolve_scale(scale, q)
+    if _on_gpu_kernels(q):
+        gradients = empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
+        gpu.block_sparse_backward(grad_out, grad_lse, *saved, *layouts, scale, gradients)
+        return gradients
+    tokens = map(block_tokens, layouts)
+    return cpu.block_sparse_backward(grad_out, grad_lse, *saved, *tokens, scale)
 
 
-def _no_cuda(*args: Any) -> NoReturn:
-    raise DeviceError(
-        "block_sparse_attention has no GPU kernel in this release",
-        got="CUDA tensors",
-        expected="CPU tensors",
-        next_step="move the model to the CPU, or leave these calls dense (policy 'dense')",
-    )
+def _on_gpu_kernels(q: Tensor) -> bool:
+    return q.is_cuda or cpu.interprets_gpu_kernels()
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_like_blhd(q), q.new_empty(q.shape[:-1], dtype=_lse_dtype(q.dtype))
 
 
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     check_tensors(q, k, v, rest[0], (block_indices, block_counts))
-    lse = q.new_empty(q.shape[:-1], dtype=_lse_dtype(q.dtype))
-    return empty_like_blhd(q), lse
+    return _empty_outputs(q)
 
 
 def _backward_fake(
@@ -248,10 +237,9 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     """The second derivative only raises, so nothing is kept for it."""
 
 
-LIBRARY.impl(FORWARD, _forward_cpu, "CPU")
-LIBRARY.impl(BACKWARD, _backward_cpu, "CPU")
-LIBRARY.impl(FORWARD, _no_cuda, "CUDA")
-LIBRARY.impl(BACKWARD, _no_cuda, "CUDA")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl(FORWARD, _forward, _device)
+    LIBRARY.impl(BACKWARD, _backward, _device)
 torch.library.register_fake(f"{NAMESPACE}::{FORWARD}", _forward_fake, lib=LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::{BACKWARD}", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd(

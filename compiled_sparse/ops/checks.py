@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.registry import Capabilities
 
+CHECK_LISTS_VARIABLE: Final = "COMPILED_SPARSE_CHECK_LISTS"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 512
 
@@ -143,7 +146,10 @@ def check_lists(
     q_layout: BlockLayout,
     kv_layout: BlockLayout,
 ) -> None:
-    """Check shape, dtype and range of block lists on the CPU.
+    """Check shape and dtype of block lists; on the CPU, or on request, their range too.
+
+    On a GPU the range is checked where COMPILED_SPARSE_CHECK_LISTS is 1, because the host then has
+    to wait for the device.
 
     Raises:
         DtypeError: if a list is not int32.
@@ -168,7 +174,8 @@ def check_lists(
             "same without K",
             next_step="one row per query block: text runs, tiles in raster order, text runs",
         )
-    _check_list_range(block_indices, block_counts, kv_layout.num_blocks)
+    if not block_indices.is_cuda or os.environ.get(CHECK_LISTS_VARIABLE) == "1":
+        _check_list_range(block_indices, block_counts, kv_layout.num_blocks)
 
 
 def _check_list_range(block_indices: Tensor, block_counts: Tensor, num_blocks: int) -> None:
@@ -182,7 +189,7 @@ def _check_list_range(block_indices: Tensor, block_counts: Tensor, num_blocks: i
         )
     if not block_indices.numel():
         return
-    listed = torch.arange(width) < block_counts[..., None]
+    listed = torch.arange(width, device=block_counts.device) < block_counts[..., None]
     wrong = listed & ((block_indices < 0) | (block_indices >= num_blocks))
     if bool(wrong.any()):
         raise BlockListError(

@@ -1,7 +1,8 @@
 """Block-sparse attention on the CPU: compiled kernels, or plain torch without a compiler.
 
 The environment variable COMPILED_SPARSE_CPU_KERNEL chooses: `native` (C++, compiled on first use),
-`portable` (torch operations); unset means native where it compiles, else portable.
+`portable` (torch operations), `interpreted` (the GPU kernels under Triton's interpreter, to debug
+them: slow); unset means native where it compiles, else portable.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ __all__ = [
     "block_sparse_backward",
     "block_sparse_forward",
     "describe",
+    "interprets_gpu_kernels",
 ]
 
 KERNEL_VARIABLE: Final = "COMPILED_SPARSE_CPU_KERNEL"
+INTERPRETED: Final = "interpreted"
 
 _logger = logging.getLogger("compiled_sparse.cpu")
 _lock = threading.Lock()
@@ -156,6 +159,11 @@ def block_sparse_backward(
     )
 
 
+def interprets_gpu_kernels() -> bool:
+    """Whether COMPILED_SPARSE_CPU_KERNEL asks for the GPU kernels under Triton's interpreter."""
+    return os.environ.get(KERNEL_VARIABLE) == INTERPRETED
+
+
 def describe() -> dict[str, str]:
     """Say which kernel is in use, compiling it where that has not happened yet.
 
@@ -166,6 +174,8 @@ def describe() -> dict[str, str]:
         NativeBuildError: if the native kernels are demanded and do not compile.
         UnknownKernelError: if COMPILED_SPARSE_CPU_KERNEL names no kernel.
     """
+    if interprets_gpu_kernels():
+        return {"kernel": INTERPRETED}
     kernel = _kernel()
     if kernel is _PORTABLE:
         return {"kernel": kernel.name}
@@ -193,7 +203,8 @@ def _select(name: str | None) -> _Kernel:
         raise UnknownKernelError(
             f"{KERNEL_VARIABLE} names no kernel",
             got=repr(name),
-            expected=f"{_NATIVE.name!r}, {_PORTABLE.name!r}, or unset for the best that works",
+            expected=f"{_NATIVE.name!r}, {_PORTABLE.name!r}, {INTERPRETED!r}, or unset for the best "
+            "that works",
             next_step=f"correct or unset {KERNEL_VARIABLE}",
         )
     try:

@@ -1,0 +1,274 @@
+"""Host side of the attention kernels: strides, tiles and numbers of programs.
+
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compiled_sparse.kernels import launch
+from compiled_sparse.kernels import tuning
+from compiled_sparse.kernels.backward import attention_backward_keys
+from compiled_sparse.kernels.backward import attention_backward_queries
+from compiled_sparse.kernels.backward import row_sums
+from compiled_sparse.kernels.forward import attention_forward
+from compiled_sparse.kernels.lists import heavy_first
+from compiled_sparse.kernels.lists import transpose_lists
+from compiled_sparse.kernels.tuning import Tile
+
+Sides = tuple[int, int, int]
+
+_ADDRESS_LIMIT = 2**31
+_ROW_SUM_ROWS = 64
+
+
+class Geometry(NamedTuple):
+    """Where the blocks of queries and keys lie; grids of fewer axes have leading ones.
+
+    Args:
+        q_grid: Token grid (T, H, W) of the queries.
+        k_grid: Token grid of the keys.
+        q_tile: Tile sides of query blocks.
+        k_tile: Tile sides of key blocks.
+        before: Text tokens in front of both grids.
+        behind: Text tokens behind both grids.
+        q_blocks: Number of query blocks, text runs included.
+        k_blocks: Number of key blocks, text runs included.
+    """
+
+    q_grid: Sides
+    k_grid: Sides
+    q_tile: Sides
+    k_tile: Sides
+    before: int
+    behind: int
+    q_blocks: int
+    k_blocks: int
+
+
+class Call(NamedTuple):
+    """One call of the op, as the kernels take it.
+
+    Args:
+        q: [batch, query heads, query length, head_dim], last stride 1.
+        k: [batch, key heads, key length, head_dim], last stride 1.
+        v: Like `k`.
+        indices: int32 [batch or 1, query heads or 1, query blocks, width], contiguous.
+        counts: int32 [batch or 1, query heads or 1, query blocks], contiguous.
+        key_mask: bool [batch, key length], contiguous, or None.
+        geometry: Where the blocks lie.
+        scale: Softmax scale.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    indices: Tensor
+    counts: Tensor
+    key_mask: Tensor | None
+    geometry: Geometry
+    scale: float
+
+
+def block_sparse_forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Write the attention of every query block over its listed key blocks, and its log-sum-exp.
+
+    Args:
+        call: The call.
+        out: Like q, last stride 1.
+        lse: float32 (float64 for float64) [batch, query heads, query length], contiguous.
+    """
+    tile = _choose("forward", call, call.geometry.q_tile, call.geometry.k_tile)
+    order = heavy_first(call.counts, call.indices.shape[-1])
+    batch, heads = call.q.shape[:2]
+    programs = batch * heads * call.geometry.q_blocks * _chunks(call.geometry.q_tile, tile.own)
+    arguments = (
+        *(call.q, call.k, call.v, out, lse, call.indices, call.counts, order, call.key_mask),
+        *map(_strides, (call.q, call.k, call.v, out)),
+        *map(_list_strides, (call.indices, order)),
+        *_integers(call, call.geometry.q_blocks, heads),
+    )
+    constants = _constants(call, tile, rows=tile.own, columns=tile.other)
+    launch.run(
+        attention_forward, programs, arguments, constants, warps=tile.warps, stages=tile.stages
+    )
+
+
+def block_sparse_backward(
+    call: Call,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of q, k and v for fixed lists; deterministic.
+
+    Args:
+        call: The call.
+        grad_out: Like q, last stride 1.
+        grad_lse: [batch, query heads, query length], contiguous, or None for zero.
+        out: The output of the forward, last stride 1.
+        lse: The log-sum-exp of the forward, contiguous.
+        gradients: Where to, last stride 1.
+    """
+    grad_q, grad_k, grad_v = gradients
+    delta = torch.empty_like(lse)
+    _row_sums(call, grad_out, grad_lse, out, lse, delta)
+    _query_gradient(call, grad_out, lse, delta, grad_q)
+    _key_gradients(call, grad_out, lse, delta, grad_k, grad_v)
+
+
+def _row_sums(
+    call: Call,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> None:
+    batch, heads, length, head_dim = call.q.shape
+    strides = (_strides(grad_out), _strides(out))
+    arguments = (grad_out, out, lse, grad_lse, delta, *strides, heads, length, head_dim)
+    constants = {
+        "HAS_GRAD_LSE": grad_lse is not None,
+        "SUM": _sum_dtype(call.q),
+        "BLOCK_M": _ROW_SUM_ROWS,
+        "BLOCK_D": _padded_head_dim(head_dim),
+    }
+    programs = batch * heads * triton.cdiv(length, _ROW_SUM_ROWS)
+    launch.run(row_sums, programs, arguments, constants)
+
+
+def _query_gradient(
+    call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor
+) -> None:
+    tile = _choose("backward_queries", call, call.geometry.q_tile, call.geometry.k_tile)
+    order = heavy_first(call.counts, call.indices.shape[-1])
+    batch, heads = call.q.shape[:2]
+    arguments = (
+        *(call.q, call.k, call.v, grad_out, lse, delta, grad_q),
+        *(call.indices, call.counts, order, call.key_mask),
+        *map(_strides, (call.q, call.k, call.v, grad_out, grad_q)),
+        *map(_list_strides, (call.indices, order)),
+        *_integers(call, call.geometry.q_blocks, heads),
+    )
+    launch.run(
+        attention_backward_queries,
+        batch * heads * call.geometry.q_blocks * _chunks(call.geometry.q_tile, tile.own),
+        arguments,
+        _constants(call, tile, rows=tile.own, columns=tile.other),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _key_gradients(
+    call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> None:
+    tile = _choose("backward_keys", call, call.geometry.k_tile, call.geometry.q_tile)
+    entries, starts = transpose_lists(call.indices, call.counts, call.geometry.k_blocks)
+    batch, heads = call.k.shape[:2]
+    lengths = starts.diff()
+    if call.q.shape[1] != heads and lengths.shape[1] > 1:
+        # A program walks the lists of all query heads of its key head.
+        lengths = lengths.unflatten(1, (heads, -1)).sum(2, dtype=torch.int32)
+        most = call.geometry.q_blocks * (call.q.shape[1] // heads)
+    else:
+        most = call.geometry.q_blocks
+    order = heavy_first(lengths.contiguous(), most)
+    arguments = (
+        *(call.q, call.k, call.v, grad_out, lse, delta, grad_k, grad_v),
+        *(entries, starts, order, call.key_mask),
+        *map(_strides, (call.q, call.k, call.v, grad_out, grad_k, grad_v)),
+        *map(_list_strides, (entries, starts, order)),
+        *_integers(call, call.geometry.k_blocks, heads),
+    )
+    launch.run(
+        attention_backward_keys,
+        batch * heads * call.geometry.k_blocks * _chunks(call.geometry.k_tile, tile.own),
+        arguments,
+        _constants(call, tile, rows=tile.other, columns=tile.own),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _choose(kernel: str, call: Call, own: Sides, other: Sides) -> Tile:
+    item_bytes = call.q.element_size()
+    head_dim = call.q.shape[-1]
+    sizes = math.prod(own), math.prod(other)
+    return tuning.choose(kernel, tuning.current_chip(), item_bytes, head_dim, *sizes)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.stride()[:-1]
+
+
+def _list_strides(lists: Tensor) -> tuple[int, ...]:
+    """Like `_strides`, and 0 along batch entries or heads where one list holds for all."""
+    strides = lists.stride()[:-1]
+    shared = tuple(0 if lists.shape[axis] == 1 else strides[axis] for axis in (0, 1))
+    return shared + strides[2:]
+
+
+def _integers(call: Call, rows: int, heads: int) -> tuple[Any, ...]:
+    """The run-time scalars of the attention kernels, in their order."""
+    q, k, geometry = call.q, call.k, call.geometry
+    groups = q.shape[1] // k.shape[1]
+    lengths = (q.shape[2], k.shape[2], geometry.before, geometry.behind)
+    grids = (*geometry.q_grid, *geometry.k_grid)
+    return (call.scale, rows, heads, groups, q.shape[3], *lengths, *grids)
+
+
+def _constants(call: Call, tile: Tile, *, rows: int, columns: int) -> dict[str, Any]:
+    """The compile-time arguments of the attention kernels; rows of queries, columns of keys."""
+    geometry = call.geometry
+    return {
+        "SUM": _sum_dtype(call.q),
+        "Q_TILE": geometry.q_tile,
+        "K_TILE": geometry.k_tile,
+        "HAS_TEXT": geometry.before + geometry.behind > 0,
+        "HAS_MASK": call.key_mask is not None,
+        "BLOCK_M": rows,
+        "BLOCK_N": columns,
+        "BLOCK_D": _padded_head_dim(call.q.shape[-1]),
+        "Q_CHUNKS": _chunks(geometry.q_tile, rows),
+        "K_CHUNKS": _chunks(geometry.k_tile, columns),
+        "JOINED": tile.joined,
+        "WIDE": any(map(_needs_wide_addresses, (call.q, call.k, call.v))),
+        "PRECISION": _precision(call.q.dtype),
+    }
+
+
+def _chunks(tile: Sides, rows: int) -> int:
+    return -(-math.prod(tile) // rows)
+
+
+def _padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _needs_wide_addresses(tensor: Tensor) -> bool:
+    # The output has the layout [batch, length, heads, head_dim], the widest of all.
+    _, heads, length, head_dim = tensor.shape
+    reach = max(tensor.stride(2), heads * head_dim) * length
+    return reach >= _ADDRESS_LIMIT
+
+
+def _sum_dtype(tensor: Tensor) -> Any:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Follow torch's switch for float32 products; the other dtypes know one precision only."""
+    allowed = dtype == torch.float32 and torch.version.hip is None
+    return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,107 @@
+"""Sizes of the kernels' tiles: a table that ships with the package, read once.
+
+Nothing is tuned at run time. `compiled-sparse bench --tune` measures on the device at hand and
+writes a table of the same form; COMPILED_SPARSE_TUNING names a table to use instead of the shipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+from typing import Final
+from typing import NamedTuple
+
+import triton
+
+TABLE_VARIABLE: Final = "COMPILED_SPARSE_TUNING"
+SHIPPED: Final = Path(__file__).with_name("tuning.json")
+KERNELS: Final = ("forward", "backward_queries", "backward_keys")
+CHIPS: Final = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+_WASTE: Final = {128: 1.0, 64: 1.0, 32: 1.5, 16: 2.5}
+"""What a slot costs in a matrix product of so many rows, beside one of 128."""
+
+
+class Tile(NamedTuple):
+    """How one program of a kernel is cut.
+
+    Args:
+        own: Rows of the block that the program belongs to.
+        other: Rows it takes from its list at a step.
+        warps: Warps per program.
+        stages: Depth of the software pipeline.
+        joined: Whether a step takes two whole blocks of its list, `other // 2` rows each.
+    """
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+    joined: bool = False
+
+
+def chunk_rows(block_size: int, most: int) -> int:
+    """Return in how many rows at a time a block of `block_size` slots is best taken."""
+
+    def cost(rows: int) -> tuple[float, int]:
+        return -(-block_size // rows) * rows * _WASTE[rows], -rows
+
+    return min((rows for rows in _WASTE if rows <= most), key=cost)
+
+
+def chip_of(backend: str, arch: Any) -> str:
+    """Return the row of the table for a Triton target: the nearest chip that is not newer."""
+    if backend == "hip":
+        return "gfx942"
+    known = [chip for chip in CHIPS if chip.startswith("sm_") and int(chip[3:]) <= int(arch)]
+    return known[-1] if known else CHIPS[0]
+
+
+def current_chip() -> str:
+    """Return the row of the table for the device that kernels run on now."""
+    if triton.knobs.runtime.interpret:
+        return CHIPS[0]
+    target = triton.runtime.driver.active.get_current_target()
+    return chip_of(target.backend, target.arch)
+
+
+def choose(
+    kernel: str, chip: str, item_bytes: int, head_dim: int, own_size: int, other_size: int
+) -> Tile:
+    """Return the tile of a kernel for blocks of given sizes.
+
+    Args:
+        kernel: One of `KERNELS`.
+        chip: One of `CHIPS`.
+        item_bytes: Bytes per element of q, k and v.
+        head_dim: Head size.
+        own_size: Slots of the blocks that programs belong to.
+        other_size: Slots of the blocks in their lists.
+    """
+    width = max(64, triton.next_power_of_2(head_dim))
+    entries = table()[chip][kernel]
+    large = entries[f"{item_bytes}:{width}:128"]
+    small = entries[f"{item_bytes}:{width}:64"]
+    own = chunk_rows(own_size, large.own)
+    entry = large if own > small.own else small
+    own = min(own, entry.own)
+    if entry.joined and chunk_rows(other_size, entry.other // 2) >= other_size:
+        return entry._replace(own=own)
+    return entry._replace(own=own, other=chunk_rows(other_size, entry.other), joined=False)
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, Tile]]]:
+    """Return the tiles by chip, kernel and `bytes:head size:rows of the block`."""
+    path = Path(os.environ.get(TABLE_VARIABLE) or SHIPPED)
+    document = json.loads(path.read_text())
+    return {
+        chip: {
+            kernel: {key: Tile(*values) for key, values in tiles.items()}
+            for kernel, tiles in record["tiles"].items()
+        }
+        for chip, record in document["chips"].items()
+    }

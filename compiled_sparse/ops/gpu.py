@@ -1,0 +1,189 @@
+"""The kernel op on GPUs: what its arguments mean to the Triton kernels, imported on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from compiled_sparse.errors import DeviceError
+from compiled_sparse.errors import ShapeError
+from compiled_sparse.layout import MAX_GRID_AXES
+from compiled_sparse.layout import BlockLayout
+
+if TYPE_CHECKING:
+    from compiled_sparse.kernels.attention import Call
+
+MAX_HEAD_DIM: Final = 256
+
+
+def block_sparse_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    q_layout: BlockLayout,
+    kv_layout: BlockLayout,
+    scale: float,
+    outputs: tuple[Tensor, Tensor],
+) -> None:
+    """Attend from every query block to its listed key blocks.
+
+    Products take operands of the dtype of the inputs and sum in float32 (float64 for float64);
+    those of float32 follow `torch.backends.cuda.matmul.fp32_precision`. A query without a visible
+    key gives zeros and a log-sum-exp of -inf; values at masked keys never matter, even NaN.
+
+    Args:
+        q: [B, Hq, Lq, D] of any strides; float32, float64, bfloat16 or float16.
+        k: [B, Hk, Lk, D] of q's dtype; Hq is a multiple of Hk.
+        v: like `k`.
+        block_indices: int32 [B or 1, Hq or 1, Nq, K], key blocks of each query block without
+            repetition.
+        block_counts: int32 [B or 1, Hq or 1, Nq], how many leading entries of a row are valid.
+        key_mask: bool [B, Lk], True where a key is attended, or None.
+        q_layout: How the queries are cut into blocks.
+        kv_layout: How the keys are.
+        scale: Softmax scale.
+        outputs: Where to write the output, like q with last stride 1, and the natural log-sum-exp
+            [B, Hq, Lq], contiguous.
+
+    Raises:
+        ShapeError: if the head size has no kernel.
+        DeviceError: if tensors on the CPU come without Triton's interpreter.
+    """
+    from compiled_sparse.kernels import attention
+
+    lists = (block_indices, block_counts)
+    call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
+    attention.block_sparse_forward(call, *outputs)
+
+
+def block_sparse_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    q_layout: BlockLayout,
+    kv_layout: BlockLayout,
+    scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Differentiate `block_sparse_forward` for fixed lists.
+
+    There are no atomic additions, so it is deterministic with and without
+    `torch.use_deterministic_algorithms`.
+
+    Args:
+        grad_out: [B, Hq, Lq, D] of q's dtype, any strides.
+        grad_lse: [B, Hq, Lq] or None for zero.
+        q: As in the forward, like all arguments not described here.
+        k: See `q`.
+        v: See `q`.
+        out: The output of the forward.
+        lse: The log-sum-exp of the forward.
+        block_indices: See `q`.
+        block_counts: See `q`.
+        key_mask: See `q`.
+        q_layout: See `q`.
+        kv_layout: See `q`.
+        scale: See `q`.
+        gradients: Where to write the gradients of q, k and v, shaped and typed like them, last
+            stride 1.
+
+    Raises:
+        ShapeError: as in the forward.
+        DeviceError: as in the forward.
+    """
+    from compiled_sparse.kernels import attention
+
+    lists = (block_indices, block_counts)
+    call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
+    attention.block_sparse_backward(
+        call,
+        _unit_last_stride(grad_out),
+        None if grad_lse is None else grad_lse.contiguous(),
+        _unit_last_stride(out),
+        lse.contiguous(),
+        gradients,
+    )
+    if call.q.dtype == torch.float64:
+        gradients[0].mul_(scale)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: tuple[Tensor, Tensor],
+    key_mask: Tensor | None,
+    q_layout: BlockLayout,
+    kv_layout: BlockLayout,
+    scale: float,
+) -> Call:
+    from compiled_sparse.kernels.attention import Call
+    from compiled_sparse.kernels.attention import Geometry
+
+    _check(q)
+    if q.dtype == torch.float64:
+        # Triton passes numbers in float32, which would round the scale.
+        q, scale = q * scale, 1.0
+    geometry = Geometry(
+        q_grid=_three_axes(q_layout.grid),
+        k_grid=_three_axes(kv_layout.grid),
+        q_tile=_three_axes(q_layout.tile),
+        k_tile=_three_axes(kv_layout.tile),
+        before=q_layout.text_before,
+        behind=q_layout.text_after,
+        q_blocks=q_layout.num_blocks,
+        k_blocks=kv_layout.num_blocks,
+    )
+    q, k, v = map(_unit_last_stride, (q, k, v))
+    indices, counts = map(_stored_once, lists)
+    mask = None if key_mask is None else key_mask.contiguous()
+    return Call(q, k, v, indices, counts, mask, geometry, scale)
+
+
+def _check(q: Tensor) -> None:
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ShapeError(
+            "the GPU kernels do not take this head size",
+            got=f"head_dim {q.shape[-1]}",
+            expected=f"at most {MAX_HEAD_DIM}",
+            next_step="leave these calls dense (policy 'dense'), or run them on the CPU",
+        )
+    from compiled_sparse.kernels.tiles import INTERPRETED
+
+    if not q.is_cuda and not INTERPRETED.value:
+        raise DeviceError(
+            "the GPU kernels were asked for on the CPU, without Triton's interpreter",
+            got=f"tensors on {q.device}",
+            expected="TRITON_INTERPRET=1 in the environment before the first import of triton",
+            next_step="set it, or unset COMPILED_SPARSE_CPU_KERNEL",
+        )
+
+
+def _three_axes(sides: tuple[int, ...]) -> tuple[int, int, int]:
+    t, h, w = (1,) * (MAX_GRID_AXES - len(sides)) + sides
+    return t, h, w
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _stored_once(lists: Tensor) -> Tensor:
+    """Contiguous lists; expanded over batch entries or heads, they are stored once."""
+    for axis in (0, 1):
+        if lists.stride(axis) == 0:
+            lists = lists.narrow(axis, 0, 1)
+    return lists.contiguous()
