@@ -12,6 +12,11 @@ from hypothesis import settings
 # read when torch is loaded, so torch is imported in the fixtures.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# GPU kernels run under Triton's interpreter here, which is chosen when triton is first imported.
+# One BLAS thread is faster than many on tiles of 16 rows.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # A shared machine has no deadlines, and the same commit tests the same examples.
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("repository")
@@ -48,6 +53,15 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = outer
+
+
+@pytest.fixture
+def gpu_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ops run their GPU kernels on CPU tensors, under Triton's interpreter."""
+    import interpreter
+
+    interpreter.improve()
+    monkeypatch.setenv("COMPILED_SPARSE_CPU_KERNEL", "interpreted")
 
 
 @pytest.fixture

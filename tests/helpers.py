@@ -77,6 +77,7 @@ def assert_matches_oracle(
     key_mask: Tensor | None = None,
     scale: float | None = None,
     gradients: bool = True,
+    rounded: bool = False,
 ) -> None:
     """Check output, log-sum-exp and all gradients of an implementation against float64.
 
@@ -89,6 +90,7 @@ def assert_matches_oracle(
         key_mask: Key padding, True where attended.
         scale: Softmax scale.
         gradients: Whether to differentiate, through both outputs.
+        rounded: Whether operands of products are rounded to the inputs' dtype, as on GPUs.
     """
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,7 @@ def assert_matches_oracle(
     actual = _outputs_and_gradients(implementation, (q, k, v), weights, gradients)
     exact = _outputs_and_gradients(dense, _cast(torch.float64, q, k, v), weights, gradients)
     plain = [
-        _textbook((q, k, v), weights, mask, key_mask, scale, (factor_on, base))
+        _textbook((q, k, v), weights, mask, key_mask, scale, (factor_on, base, rounded))
         for factor_on in ("queries", "keys", "scores")
         for base in (math.e, 2.0)
     ]
@@ -112,13 +114,13 @@ def _textbook(
     mask: Tensor,
     key_mask: Tensor | None,
     scale: float | None,
-    rounding: tuple[str, float],
+    rounding: tuple[str, float, bool],
 ) -> dict[str, Tensor]:
     """Plain attention, and its gradients from the saved output and log-sum-exp alone.
 
-    The arithmetic is float32, as promised for every low precision. One implementation may round
-    luckily: a few that differ in what they multiply by the scale, and in the base of their
-    exponentials, show how large errors get.
+    The arithmetic is float32, as promised for every low precision; on request operands of products
+    are rounded. One implementation may round luckily: a few that differ in what they multiply by
+    the scale, and in the base of their exponentials, show how large errors get.
     """
     mask = mask if key_mask is None else mask & key_mask[:, None, None]
     dtype = inputs[0].dtype
@@ -126,7 +128,11 @@ def _textbook(
     shape = (*k.shape[:2], q.shape[1] // k.shape[1], *k.shape[2:])
     k, v = (each[:, :, None].expand(shape).flatten(1, 2) for each in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    factor_on, base = rounding
+    factor_on, base, rounded = rounding
+
+    def operand(values: Tensor) -> Tensor:
+        return values.to(dtype).float() if rounded else values
+
     factors = dict.fromkeys(("queries", "keys", "scores"), 1.0)
     factors[factor_on] = scale / math.log(base)
     scores = (q * factors["queries"]) @ (k * factors["keys"]).mT * factors["scores"]
@@ -137,7 +143,7 @@ def _textbook(
     lse = lse.masked_fill(total == 0, float("-inf"))
     p = base ** (scores - lse.masked_fill(total == 0, 0.0) / math.log(base))
     lse = lse[..., 0]
-    out = (p @ v).to(dtype).float()
+    out = (operand(p) @ v).to(dtype).float()
     grad_out, grad_lse = weights
     grad_out = grad_out.float()
     delta = (grad_out * out).sum(-1) - grad_lse.masked_fill(lse.isinf(), 0.0)
@@ -145,9 +151,9 @@ def _textbook(
     return {
         "out": out.to(dtype),
         "lse": lse,
-        "grad_q": (grad_scores @ (k * scale)).to(dtype),
-        "grad_k": (grad_scores.mT @ (q * scale)).view(shape).sum(2).to(dtype),
-        "grad_v": (p.mT @ grad_out).view(shape).sum(2).to(dtype),
+        "grad_q": (operand(grad_scores) @ (k * scale)).to(dtype),
+        "grad_k": (operand(grad_scores).mT @ (q * scale)).view(shape).sum(2).to(dtype),
+        "grad_v": (operand(p).mT @ grad_out).view(shape).sum(2).to(dtype),
     }
 
 

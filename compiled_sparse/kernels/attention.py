@@ -19,6 +19,10 @@ from compiled_sparse.kernels import tuning
 from compiled_sparse.kernels.backward import attention_backward_keys
 from compiled_sparse.kernels.backward import attention_backward_queries
 from compiled_sparse.kernels.backward import row_sums
+from compiled_sparse.kernels.box_launch import box_of
+from compiled_sparse.kernels.box_launch import descriptors
+from compiled_sparse.kernels.box_launch import takes_boxes
+from compiled_sparse.kernels.boxes import attention_forward_boxes
 from compiled_sparse.kernels.forward import attention_forward
 from compiled_sparse.kernels.lists import heavy_first
 from compiled_sparse.kernels.lists import transpose_lists
@@ -86,20 +90,11 @@ def block_sparse_forward(call: Call, out: Tensor, lse: Tensor) -> None:
         out: Like q, last stride 1.
         lse: float32 (float64 for float64) [batch, query heads, query length], contiguous.
     """
-    tile = _choose("forward", call, call.geometry.q_tile, call.geometry.k_tile)
-    order = heavy_first(call.counts, call.indices.shape[-1])
-    batch, heads = call.q.shape[:2]
-    programs = batch * heads * call.geometry.q_blocks * _chunks(call.geometry.q_tile, tile.own)
-    arguments = (
-        *(call.q, call.k, call.v, out, lse, call.indices, call.counts, order, call.key_mask),
-        *map(_strides, (call.q, call.k, call.v, out)),
-        *map(_list_strides, (call.indices, order)),
-        *_integers(call, call.geometry.q_blocks, heads),
-    )
-    constants = _constants(call, tile, rows=tile.own, columns=tile.other)
-    launch.run(
-        attention_forward, programs, arguments, constants, warps=tile.warps, stages=tile.stages
-    )
+    chip = tuning.current_chip()
+    if tuning.wants_boxes(chip) and takes_boxes(call, chip):
+        _forward_boxes(call, out, lse)
+    else:
+        _forward_rows(call, out, lse)
 
 
 def block_sparse_backward(
@@ -127,6 +122,59 @@ def block_sparse_backward(
     _key_gradients(call, grad_out, lse, delta, grad_k, grad_v)
 
 
+def _forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
+    tile = _choose("forward", call, call.geometry.q_tile, call.geometry.k_tile)
+    order = heavy_first(call.counts, call.indices.shape[-1])
+    batch, heads = call.q.shape[:2]
+    arguments = (
+        *(call.q, call.k, call.v, out, lse, call.indices, call.counts, order, call.key_mask),
+        *map(_strides, (call.q, call.k, call.v, out)),
+        *map(_list_strides, (call.indices, order)),
+        *_integers(call, call.geometry.q_blocks, heads),
+    )
+    launch.run(
+        attention_forward,
+        batch * heads * call.geometry.q_blocks * _chunks(call.geometry.q_tile, tile.own),
+        arguments,
+        _constants(call, tile, rows=tile.own, columns=tile.other),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
+    geometry = call.geometry
+    tile = _choose("forward_boxes", call, geometry.q_tile, geometry.k_tile)
+    box = box_of(geometry.k_tile, tile.other)
+    order = heavy_first(call.counts, call.indices.shape[-1])
+    batch, heads = call.q.shape[:2]
+    tile = tile._replace(other=math.prod(box))
+    constants = _constants(call, tile, rows=tile.own, columns=tile.other) | {"BOX": box}
+    for name in ("HAS_MASK", "JOINED"):
+        del constants[name]
+    size = math.prod(geometry.k_tile)
+    text_before = triton.cdiv(geometry.before, size)
+    text_blocks = text_before + triton.cdiv(geometry.behind, size)
+    for entry in range(batch):
+        boxes = descriptors(call, entry, box, constants["BLOCK_D"])
+        own_order = order if order.shape[0] == 1 else order[entry : entry + 1]
+        arguments = (
+            *(call.q, call.k, call.v, out, lse, call.indices, call.counts, own_order, *boxes),
+            *map(_strides, (call.q, call.k, call.v, out)),
+            *map(_list_strides, (call.indices, order)),
+            *(entry, text_blocks, text_before, geometry.k_blocks - text_blocks),
+            *_integers(call, geometry.q_blocks, heads),
+        )
+        launch.run(
+            attention_forward_boxes,
+            heads * geometry.q_blocks * _chunks(geometry.q_tile, tile.own),
+            arguments,
+            constants,
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+
+
 def _row_sums(
     call: Call,
     grad_out: Tensor,
@@ -137,11 +185,12 @@ def _row_sums(
 ) -> None:
     batch, heads, length, head_dim = call.q.shape
     strides = (_strides(grad_out), _strides(out))
-    arguments = (grad_out, out, lse, grad_lse, delta, *strides, heads, length, head_dim)
+    arguments = (grad_out, out, lse, grad_lse, delta, *strides, heads, length)
     constants = {
         "HAS_GRAD_LSE": grad_lse is not None,
         "SUM": _sum_dtype(call.q),
         "BLOCK_M": _ROW_SUM_ROWS,
+        "HEAD_DIM": head_dim,
         "BLOCK_D": _padded_head_dim(head_dim),
     }
     programs = batch * heads * triton.cdiv(length, _ROW_SUM_ROWS)
@@ -226,7 +275,7 @@ def _integers(call: Call, rows: int, heads: int) -> tuple[Any, ...]:
     groups = q.shape[1] // k.shape[1]
     lengths = (q.shape[2], k.shape[2], geometry.before, geometry.behind)
     grids = (*geometry.q_grid, *geometry.k_grid)
-    return (call.scale, rows, heads, groups, q.shape[3], *lengths, *grids)
+    return (call.scale, rows, heads, groups, *lengths, *grids)
 
 
 def _constants(call: Call, tile: Tile, *, rows: int, columns: int) -> dict[str, Any]:
@@ -240,13 +289,23 @@ def _constants(call: Call, tile: Tile, *, rows: int, columns: int) -> dict[str, 
         "HAS_MASK": call.key_mask is not None,
         "BLOCK_M": rows,
         "BLOCK_N": columns,
+        "HEAD_DIM": call.q.shape[-1],
         "BLOCK_D": _padded_head_dim(call.q.shape[-1]),
         "Q_CHUNKS": _chunks(geometry.q_tile, rows),
         "K_CHUNKS": _chunks(geometry.k_tile, columns),
         "JOINED": tile.joined,
+        "K_FULL": _all_keys_valid(call, columns) and not tile.joined,
         "WIDE": any(map(_needs_wide_addresses, (call.q, call.k, call.v))),
         "PRECISION": _precision(call.q.dtype),
     }
+
+
+def _all_keys_valid(call: Call, columns: int) -> bool:
+    """Whether every slot of every key block holds a key that may be seen."""
+    grid, tile = call.geometry.k_grid, call.geometry.k_tile
+    divides = all(extent % side == 0 for extent, side in zip(grid, tile, strict=True))
+    has_text = call.geometry.before + call.geometry.behind > 0
+    return divides and math.prod(tile) % columns == 0 and not has_text and call.key_mask is None
 
 
 def _chunks(tile: Sides, rows: int) -> int:
@@ -254,7 +313,7 @@ def _chunks(tile: Sides, rows: int) -> int:
 
 
 def _padded_head_dim(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def _needs_wide_addresses(tensor: Tensor) -> bool:

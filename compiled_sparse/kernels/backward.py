@@ -34,10 +34,10 @@ def row_sums(
     out_strides,
     heads,
     q_length,
-    head_dim,
     HAS_GRAD_LSE: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Write `delta` [batch, heads, q_length]: sum of out * grad_out, less the gradient of the lse.
@@ -53,8 +53,8 @@ def row_sums(
     place = token.to(tl.int64)
     left = head_base(grad_out, grad_strides, batch, head)
     right = head_base(out, out_strides, batch, head)
-    left = load_rows(left, place, valid, grad_strides[2], head_dim, BLOCK_D, True)
-    right = load_rows(right, place, valid, out_strides[2], head_dim, BLOCK_D, True)
+    left = load_rows(left, place, valid, grad_strides[2], HEAD_DIM, BLOCK_D, True)
+    right = load_rows(right, place, valid, out_strides[2], HEAD_DIM, BLOCK_D, True)
     sums = tl.sum(left.to(SUM) * right.to(SUM), 1)
     start = (batch * heads + head).to(tl.int64) * q_length
     if HAS_GRAD_LSE:
@@ -94,7 +94,6 @@ def attention_backward_queries(
     rows,
     heads,
     groups,
-    head_dim,
     q_length,
     k_length,
     before,
@@ -112,10 +111,12 @@ def attention_backward_queries(
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     Q_CHUNKS: tl.constexpr,
     K_CHUNKS: tl.constexpr,
     JOINED: tl.constexpr,
+    K_FULL: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -129,8 +130,8 @@ def attention_backward_queries(
     q_token, q_valid = block_tokens(row, slot, (q_t, q_h, q_w), text, Q_TILE, HAS_TEXT)
     q_base = head_base(q, q_strides, batch, head)
     out_base = head_base(grad_out, out_strides, batch, head)
-    q_rows = load_rows(q_base, q_token, q_valid, q_strides[2], head_dim, BLOCK_D, WIDE)
-    out_rows = load_rows(out_base, q_token, q_valid, out_strides[2], head_dim, BLOCK_D, WIDE)
+    q_rows = load_rows(q_base, q_token, q_valid, q_strides[2], HEAD_DIM, BLOCK_D, WIDE)
+    out_rows = load_rows(out_base, q_token, q_valid, out_strides[2], HEAD_DIM, BLOCK_D, WIDE)
     start = (batch * heads + head).to(tl.int64) * q_length
     log_sums = load_log_sums(lse, start, q_token, q_valid)
     deltas = tl.load(delta + start + q_token, mask=q_valid, other=0.0)
@@ -159,17 +160,18 @@ def attention_backward_queries(
         )
         if HAS_MASK:
             k_valid = visible_keys(key_mask, batch, k_length, k_token, k_valid)
-        k_rows = load_rows(k_base, k_token, k_valid, k_strides[2], head_dim, BLOCK_D, WIDE)
-        v_rows = load_rows(v_base, k_token, k_valid, v_strides[2], head_dim, BLOCK_D, WIDE)
+        k_rows = load_rows(k_base, k_token, k_valid, k_strides[2], HEAD_DIM, BLOCK_D, WIDE)
+        v_rows = load_rows(v_base, k_token, k_valid, v_strides[2], HEAD_DIM, BLOCK_D, WIDE)
         scores = product(q_rows, tl.trans(k_rows), zeros, PRECISION)
         weights = tl.exp2(scores * factor - log_sums[:, None])
-        weights = tl.where(k_valid[None, :], weights, 0.0)
+        if not K_FULL:
+            weights = tl.where(k_valid[None, :], weights, 0.0)
         grad_weights = product(out_rows, tl.trans(v_rows), zeros, PRECISION)
         grad_scores = weights * (grad_weights - deltas[:, None])
         sums = product(grad_scores, k_rows, sums, PRECISION)
 
     grad_base = head_base(grad_q, grad_strides, batch, head)
-    store_rows(sums * scale, grad_base, q_token, q_valid, grad_strides[2], head_dim, BLOCK_D, WIDE)
+    store_rows(sums * scale, grad_base, q_token, q_valid, grad_strides[2], HEAD_DIM, BLOCK_D, WIDE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -199,7 +201,6 @@ def attention_backward_keys(
     rows,
     heads,
     groups,
-    head_dim,
     q_length,
     k_length,
     before,
@@ -217,10 +218,12 @@ def attention_backward_keys(
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     Q_CHUNKS: tl.constexpr,
     K_CHUNKS: tl.constexpr,
     JOINED: tl.constexpr,
+    K_FULL: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -238,8 +241,8 @@ def attention_backward_keys(
         k_shown = visible_keys(key_mask, batch, k_length, k_token, k_valid)
     k_base = head_base(k, k_strides, batch, k_head)
     v_base = head_base(v, v_strides, batch, k_head)
-    k_rows = load_rows(k_base, k_token, k_shown, k_strides[2], head_dim, BLOCK_D, WIDE)
-    v_rows = load_rows(v_base, k_token, k_shown, v_strides[2], head_dim, BLOCK_D, WIDE)
+    k_rows = load_rows(k_base, k_token, k_shown, k_strides[2], HEAD_DIM, BLOCK_D, WIDE)
+    v_rows = load_rows(v_base, k_token, k_shown, v_strides[2], HEAD_DIM, BLOCK_D, WIDE)
     factor = tl.full([], scale, SUM) * LOG2_E
 
     q_slot = tl.arange(0, BLOCK_M)
@@ -269,16 +272,17 @@ def attention_backward_keys(
                 Q_CHUNKS,
                 JOINED,
             )
-            q_rows = load_rows(q_base, q_token, q_valid, q_strides[2], head_dim, BLOCK_D, WIDE)
+            q_rows = load_rows(q_base, q_token, q_valid, q_strides[2], HEAD_DIM, BLOCK_D, WIDE)
             out_rows = load_rows(
-                out_base, q_token, q_valid, out_strides[2], head_dim, BLOCK_D, WIDE
+                out_base, q_token, q_valid, out_strides[2], HEAD_DIM, BLOCK_D, WIDE
             )
             log_sums = load_log_sums(lse, first_token, q_token, q_valid)
             deltas = tl.load(delta + first_token + q_token, mask=q_valid, other=0.0)
             # Transposed, keys by queries, so that both sums take them as the left factor.
             scores = product(k_rows, tl.trans(q_rows), zeros, PRECISION)
             weights = tl.exp2(scores * factor - log_sums[None, :])
-            weights = tl.where(k_shown[:, None], weights, 0.0)
+            if not K_FULL:
+                weights = tl.where(k_shown[:, None], weights, 0.0)
             v_sums = product(weights, out_rows, v_sums, PRECISION)
             grad_weights = product(v_rows, tl.trans(out_rows), zeros, PRECISION)
             grad_scores = weights * (grad_weights - deltas[None, :])
@@ -286,7 +290,7 @@ def attention_backward_keys(
 
     grad_base = head_base(grad_k, grad_k_strides, batch, k_head)
     store_rows(
-        k_sums * scale, grad_base, k_token, k_valid, grad_k_strides[2], head_dim, BLOCK_D, WIDE
+        k_sums * scale, grad_base, k_token, k_valid, grad_k_strides[2], HEAD_DIM, BLOCK_D, WIDE
     )
     grad_base = head_base(grad_v, grad_v_strides, batch, k_head)
-    store_rows(v_sums, grad_base, k_token, k_valid, grad_v_strides[2], head_dim, BLOCK_D, WIDE)
+    store_rows(v_sums, grad_base, k_token, k_valid, grad_v_strides[2], HEAD_DIM, BLOCK_D, WIDE)

@@ -23,6 +23,48 @@ from compiled_sparse.kernels.tiles import store_rows
 from compiled_sparse.kernels.tiles import visible_keys
 
 
+@triton.jit
+def attend(
+    q_rows, k_rows, v_rows, k_valid, state, factor, FULL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Take more keys into the running softmax `state`: largest score, total weight, values.
+
+    Scores are scaled by `factor`, in base 2; with `FULL` every key is valid.
+    """
+    top, total, values = state
+    zeros = tl.zeros([q_rows.shape[0], k_rows.shape[0]], values.dtype)
+    scores = product(q_rows, tl.trans(k_rows), zeros, PRECISION)
+    if not FULL:
+        scores = tl.where(k_valid[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+    # A row that has seen no key yet: any finite number keeps -inf - -inf out.
+    shift = new_top if FULL else tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores * factor - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    total = total * shrink + tl.sum(weights, 1)
+    values = product(weights, v_rows, values * shrink[:, None], PRECISION)
+    return new_top, total, values
+
+
+@triton.jit
+def finish(top, total, values):
+    """Return the output and the natural log-sum-exp of a running softmax."""
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    log_sum = tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf"))
+    return values / total[:, None], log_sum
+
+
+@triton.jit
+def positive_factor(q_rows, scale, SUM: tl.constexpr):
+    """Return queries and a positive factor to base 2 that together make the scaled scores.
+
+    With it the maximum can be taken before multiplying; it is not 0, so that -inf stays -inf.
+    """
+    q_rows = tl.where(scale < 0, -q_rows, q_rows)
+    return q_rows, tl.maximum(tl.abs(tl.full([], scale, SUM)) * LOG2_E, 1e-37)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward(
     q,
@@ -44,7 +86,6 @@ def attention_forward(
     rows,
     heads,
     groups,
-    head_dim,
     q_length,
     k_length,
     before,
@@ -62,10 +103,12 @@ def attention_forward(
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     Q_CHUNKS: tl.constexpr,
     K_CHUNKS: tl.constexpr,
     JOINED: tl.constexpr,
+    K_FULL: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -79,10 +122,8 @@ def attention_forward(
     slot = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     q_token, q_valid = block_tokens(row, slot, (q_t, q_h, q_w), text, Q_TILE, HAS_TEXT)
     q_base = head_base(q, q_strides, batch, head)
-    q_rows = load_rows(q_base, q_token, q_valid, q_strides[2], head_dim, BLOCK_D, WIDE)
-    # With a positive factor the maximum can be taken before multiplying, and -inf stays -inf.
-    q_rows = tl.where(scale < 0, -q_rows, q_rows)
-    factor = tl.maximum(tl.abs(tl.full([], scale, SUM)) * LOG2_E, 1e-37)
+    q_rows = load_rows(q_base, q_token, q_valid, q_strides[2], HEAD_DIM, BLOCK_D, WIDE)
+    q_rows, factor = positive_factor(q_rows, scale, SUM)
 
     k_base = head_base(k, k_strides, batch, head // groups)
     v_base = head_base(v, v_strides, batch, head // groups)
@@ -108,23 +149,14 @@ def attention_forward(
         )
         if HAS_MASK:
             k_valid = visible_keys(key_mask, batch, k_length, k_token, k_valid)
-        k_rows = load_rows(k_base, k_token, k_valid, k_strides[2], head_dim, BLOCK_D, WIDE)
-        scores = product(q_rows, tl.trans(k_rows), tl.zeros([BLOCK_M, BLOCK_N], SUM), PRECISION)
-        scores = tl.where(k_valid[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        # A row that has seen no key yet: any finite number keeps -inf - -inf out.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores * factor - shift[:, None])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(weights, 1)
-        v_rows = load_rows(v_base, k_token, k_valid, v_strides[2], head_dim, BLOCK_D, WIDE)
-        values = product(weights, v_rows, values * shrink[:, None], PRECISION)
-        top = new_top
+        k_rows = load_rows(k_base, k_token, k_valid, k_strides[2], HEAD_DIM, BLOCK_D, WIDE)
+        v_rows = load_rows(v_base, k_token, k_valid, v_strides[2], HEAD_DIM, BLOCK_D, WIDE)
+        top, total, values = attend(
+            q_rows, k_rows, v_rows, k_valid, (top, total, values), factor, K_FULL, PRECISION
+        )
 
-    seen = total > 0.0
-    values = values / tl.where(seen, total, 1.0)[:, None]
     out_base = head_base(out, out_strides, batch, head)
-    store_rows(values, out_base, q_token, q_valid, out_strides[2], head_dim, BLOCK_D, WIDE)
-    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
     lse_base = lse + (batch * heads + head).to(tl.int64) * q_length
+    values, log_sum = finish(top, total, values)
+    store_rows(values, out_base, q_token, q_valid, out_strides[2], HEAD_DIM, BLOCK_D, WIDE)
     tl.store(lse_base + q_token, log_sum, mask=q_valid)

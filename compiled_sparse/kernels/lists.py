@@ -130,4 +130,4 @@ def heavy_first(counts: Tensor, most: int) -> Tensor:
 
 def _span(length: int) -> int:
     """How many entries one program takes at a time."""
-    return min(1024, max(16, triton.next_power_of_2(length)))
+    return min(1024, max(16, int(triton.next_power_of_2(length))))

@@ -10,7 +10,10 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-UNSPECIALIZED = ["scale", "rows", "heads", "groups", "head_dim", "q_length", "k_length", "before", "behind", "q_t", "q_h", "q_w", "k_t", "k_h", "k_w"]
+UNSPECIALIZED = [
+    *("scale", "rows", "heads", "groups", "q_length", "k_length", "before", "behind"),
+    *("q_t", "q_h", "q_w", "k_t", "k_h", "k_w"),
+]
 """Kernel arguments whose values must not make another variant: a new grid compiles nothing."""
 
 
@@ -37,29 +40,52 @@ def head_base(tensor, strides, batch, head):
 
 
 @triton.jit
-def load_rows(base, token, valid, stride, head_dim, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
-    """Load rows [slots, BLOCK_D] of a head; invalid rows and columns past `head_dim` are zero.
-
-    `WIDE` computes addresses within the head in 64 bits too.
-    """
+def row_places(base, token, stride, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Return pointers [slots, BLOCK_D] to rows of a head; `WIDE` computes offsets in 64 bits."""
     if WIDE:
         token = token.to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    inside = valid[:, None] & (column[None, :] < head_dim)
-    return tl.load(base + (token * stride)[:, None] + column[None, :], mask=inside, other=0.0)
+    return base + (token * stride)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def inside(valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return which elements [slots, BLOCK_D] of valid rows exist."""
+    exists = tl.broadcast_to(valid[:, None], [valid.shape[0], BLOCK_D])
+    if HEAD_DIM < BLOCK_D:
+        exists &= (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    return exists
+
+
+@triton.jit
+def load_rows(
+    base,
+    token,
+    valid,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Load rows [slots, BLOCK_D] of a head; invalid rows and columns past HEAD_DIM are zero."""
+    places = row_places(base, token, stride, BLOCK_D, WIDE)
+    return tl.load(places, mask=inside(valid, HEAD_DIM, BLOCK_D), other=0.0)
 
 
 @triton.jit
 def store_rows(
-    rows, base, token, valid, stride, head_dim, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+    rows,
+    base,
+    token,
+    valid,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Store rows [slots, BLOCK_D] of a head where `load_rows` would read them."""
-    if WIDE:
-        token = token.to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    inside = valid[:, None] & (column[None, :] < head_dim)
-    place = base + (token * stride)[:, None] + column[None, :]
-    tl.store(place, rows.to(base.dtype.element_ty), mask=inside)
+    places = row_places(base, token, stride, BLOCK_D, WIDE)
+    values = rows.to(base.dtype.element_ty)
+    tl.store(places, values, mask=inside(valid, HEAD_DIM, BLOCK_D))
 
 
 @triton.jit
@@ -73,8 +99,7 @@ def visible_keys(key_mask, batch, k_length, token, valid):
 def product(a, b, total, PRECISION: tl.constexpr):
     """Return `total` plus the matrix product of two tiles, `a` rounded to the dtype of `b`."""
     a = a.to(b.dtype)
-    if INTERPRETED:
-        if b.dtype == tl.bfloat16:  # its bit patterns would be multiplied as integers
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
+    if INTERPRETED and b.dtype == tl.bfloat16:  # bit patterns would be multiplied as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)

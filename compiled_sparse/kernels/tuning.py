@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 from typing import Final
@@ -18,8 +19,11 @@ import triton
 
 TABLE_VARIABLE: Final = "COMPILED_SPARSE_TUNING"
 SHIPPED: Final = Path(__file__).with_name("tuning.json")
-KERNELS: Final = ("forward", "backward_queries", "backward_keys")
+KERNELS: Final = ("forward", "forward_boxes", "backward_queries", "backward_keys")
 CHIPS: Final = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+BULK_COPY_CHIPS: Final = ("sm_90", "sm_100", "sm_120")
+BOXES_VARIABLE: Final = "COMPILED_SPARSE_GPU_BOXES"
 
 _WASTE: Final = {128: 1.0, 64: 1.0, 32: 1.5, 16: 2.5}
 """What a slot costs in a matrix product of so many rows, beside one of 128."""
@@ -63,9 +67,19 @@ def chip_of(backend: str, arch: Any) -> str:
 def current_chip() -> str:
     """Return the row of the table for the device that kernels run on now."""
     if triton.knobs.runtime.interpret:
-        return CHIPS[0]
+        return BULK_COPY_CHIPS[0]  # the interpreter knows everything that any chip does
     target = triton.runtime.driver.active.get_current_target()
     return chip_of(target.backend, target.arch)
+
+
+def wants_boxes(chip: str) -> bool:
+    """Return whether the forward should fetch boxes where it can.
+
+    COMPILED_SPARSE_GPU_BOXES says so (1) or not (0). Unset, it does on chips whose part of the
+    table was measured and found it faster.
+    """
+    wish = os.environ.get(BOXES_VARIABLE)
+    return wish == "1" if wish else chip in _chips_with_boxes()
 
 
 def choose(
@@ -94,14 +108,36 @@ def choose(
 
 
 @functools.cache
+def _chips_with_boxes() -> frozenset[str]:
+    return frozenset(chip for chip, record in _document()["chips"].items() if record.get("boxes"))
+
+
+@functools.cache
+def _document() -> dict[str, Any]:
+    path = Path(os.environ.get(TABLE_VARIABLE) or SHIPPED)
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+@functools.cache
 def table() -> dict[str, dict[str, dict[str, Tile]]]:
     """Return the tiles by chip, kernel and `bytes:head size:rows of the block`."""
-    path = Path(os.environ.get(TABLE_VARIABLE) or SHIPPED)
-    document = json.loads(path.read_text())
     return {
         chip: {
             kernel: {key: Tile(*values) for key, values in tiles.items()}
             for kernel, tiles in record["tiles"].items()
         }
-        for chip, record in document["chips"].items()
+        for chip, record in _document()["chips"].items()
     }
+
+
+def write_table(document: dict[str, Any], path: Path) -> None:
+    """Write a table with one tile per line, so that a difference between two is readable."""
+    lines = json.dumps(document, indent=1).splitlines()
+    text = "\n".join(lines)
+    flat = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda found: f"[{_one_line(found[1])}]", text)
+    path.write_text(flat + "\n")
+
+
+def _one_line(items: str) -> str:
+    return " ".join(items.split())

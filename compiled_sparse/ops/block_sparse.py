@@ -151,7 +151,8 @@ def _forward(
         outputs = _empty_outputs(q)
         gpu.block_sparse_forward(*arguments, *layouts, scale, outputs)
         return outputs
-    return cpu.block_sparse_forward(*arguments, *map(block_tokens, layouts), scale)
+    q_tokens, kv_tokens = map(block_tokens, layouts)
+    return cpu.block_sparse_forward(*arguments, q_tokens, kv_tokens, scale)
 
 
 def _backward(
@@ -179,8 +180,8 @@ def _backward(
         gradients = empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
         gpu.block_sparse_backward(grad_out, grad_lse, *saved, *layouts, scale, gradients)
         return gradients
-    tokens = map(block_tokens, layouts)
-    return cpu.block_sparse_backward(grad_out, grad_lse, *saved, *tokens, scale)
+    q_tokens, kv_tokens = map(block_tokens, layouts)
+    return cpu.block_sparse_backward(grad_out, grad_lse, *saved, q_tokens, kv_tokens, scale)
 
 
 def _on_gpu_kernels(q: Tensor) -> bool:

@@ -8,7 +8,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from compiled_sparse.errors import DeviceError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import MAX_GRID_AXES
 from compiled_sparse.layout import BlockLayout
@@ -53,7 +52,6 @@ def block_sparse_forward(
 
     Raises:
         ShapeError: if the head size has no kernel.
-        DeviceError: if tensors on the CPU come without Triton's interpreter.
     """
     from compiled_sparse.kernels import attention
 
@@ -102,7 +100,6 @@ def block_sparse_backward(
 
     Raises:
         ShapeError: as in the forward.
-        DeviceError: as in the forward.
     """
     from compiled_sparse.kernels import attention
 
@@ -160,15 +157,6 @@ def _check(q: Tensor) -> None:
             got=f"head_dim {q.shape[-1]}",
             expected=f"at most {MAX_HEAD_DIM}",
             next_step="leave these calls dense (policy 'dense'), or run them on the CPU",
-        )
-    from compiled_sparse.kernels.tiles import INTERPRETED
-
-    if not q.is_cuda and not INTERPRETED.value:
-        raise DeviceError(
-            "the GPU kernels were asked for on the CPU, without Triton's interpreter",
-            got=f"tensors on {q.device}",
-            expected="TRITON_INTERPRET=1 in the environment before the first import of triton",
-            next_step="set it, or unset COMPILED_SPARSE_CPU_KERNEL",
         )
 
 

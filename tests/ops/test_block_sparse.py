@@ -14,8 +14,9 @@ from torch import Tensor
 
 import compiled_sparse as cs
 from compiled_sparse.errors import DoubleBackwardError
+from compiled_sparse.ops import cpu
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "device_kernels")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,6 +30,15 @@ GEOMETRIES = {
     "3d": ODD,
     "3d no text": Geometry((5, 7, 3), (2, 3, 2), (5, 2, 3)),
 }
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("gpu", marks=pytest.mark.slow)], ids=lambda name: f"{name} kernels"
+)
+def device_kernels(request: pytest.FixtureRequest) -> None:
+    """Run every test on the CPU's kernels, and on those for GPUs under Triton's interpreter."""
+    if request.param == "gpu":
+        request.getfixturevalue("gpu_kernels_on_cpu")
 
 
 def kernel(
@@ -64,7 +74,14 @@ def check(
 ) -> None:
     mask = oracle.list_mask(*lists, geometry.q_blocks, geometry.kv_blocks)
     attention = kernel(geometry, lists, key_mask, scale)
-    helpers.assert_matches_oracle(attention, *tensors, mask, key_mask=key_mask, scale=scale)
+    helpers.assert_matches_oracle(
+        attention,
+        *tensors,
+        mask,
+        key_mask=key_mask,
+        scale=scale,
+        rounded=cpu.interprets_gpu_kernels(),
+    )
 
 
 def test_fresh_memory_really_is_poisoned() -> None:

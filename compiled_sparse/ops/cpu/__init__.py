@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from compiled_sparse.errors import CompiledSparseError
+from compiled_sparse.errors import DeviceError
 from compiled_sparse.ops.cpu import native
 from compiled_sparse.ops.cpu import portable
 from compiled_sparse.ops.cpu.build import NativeBuildError
@@ -160,8 +161,21 @@ def block_sparse_backward(
 
 
 def interprets_gpu_kernels() -> bool:
-    """Whether COMPILED_SPARSE_CPU_KERNEL asks for the GPU kernels under Triton's interpreter."""
-    return os.environ.get(KERNEL_VARIABLE) == INTERPRETED
+    """Whether COMPILED_SPARSE_CPU_KERNEL asks for the GPU kernels under Triton's interpreter.
+
+    Raises:
+        DeviceError: if it does and the interpreter is not switched on.
+    """
+    if os.environ.get(KERNEL_VARIABLE) != INTERPRETED:
+        return False
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise DeviceError(
+            f"{KERNEL_VARIABLE} asks for the GPU kernels without Triton's interpreter",
+            got=f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')!r}",
+            expected="TRITON_INTERPRET=1, set before triton is first imported",
+            next_step=f"set it, or unset {KERNEL_VARIABLE}",
+        )
+    return True
 
 
 def describe() -> dict[str, str]:
@@ -203,8 +217,8 @@ def _select(name: str | None) -> _Kernel:
         raise UnknownKernelError(
             f"{KERNEL_VARIABLE} names no kernel",
             got=repr(name),
-            expected=f"{_NATIVE.name!r}, {_PORTABLE.name!r}, {INTERPRETED!r}, or unset for the best "
-            "that works",
+            expected=f"{_NATIVE.name!r}, {_PORTABLE.name!r}, {INTERPRETED!r}, or unset for the "
+            "best that works",
             next_step=f"correct or unset {KERNEL_VARIABLE}",
         )
     try:

@@ -1,0 +1,46 @@
+"""The command line of the audit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.audit.bounds import SHARED_BYTES
+from benchmarks.audit.cases import all_cases
+from benchmarks.audit.cases import quick_cases
+from benchmarks.audit.report import audit
+
+COLUMNS = (
+    *("chip", "kernel", "case", "dtype", "head_dim", "queries", "keys", "warps", "stages"),
+    *("registers", "spilled", "shared", "matrix", "matrix_kind", "async_copies", "bulk_loads"),
+)
+
+
+def main() -> int:
+    """Audit, print one line per kernel, write the record; 1 if a bound is broken."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=__doc__)
+    parser.add_argument("--chips", nargs="*", choices=[*SHARED_BYTES, []], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="the most used variants only")
+    parser.add_argument("--output", type=Path, help="JSON record to write")
+    arguments = parser.parse_args()
+    records: list[dict[str, Any]] = []
+    print("\t".join(COLUMNS))
+    for chip in arguments.chips or SHARED_BYTES:
+        for record in audit(chip, quick_cases() if arguments.quick else all_cases()):
+            records.append(record)
+            line = [str(record.get(column, "")) for column in COLUMNS]
+            print("\t".join([*line, "; ".join(record["violations"])]), flush=True)
+    if arguments.output:
+        document = {"triton": triton.__version__, "torch": torch.__version__, "kernels": records}
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    return int(any(record["violations"] for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

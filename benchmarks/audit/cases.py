@@ -1,0 +1,82 @@
+"""The kernel variants that are audited: calls of the op, small, on tensors nobody computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace
+
+import torch
+
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.ops import gpu
+
+GRID = (8, 16, 16)
+TILES = ((4, 4, 4), (2, 8, 8), (6, 8, 8), (3, 5, 4))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; its name says what is special about it."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    tile: tuple[int, ...] = (4, 4, 4)
+    text: int = 0
+    masked: bool = False
+    groups: int = 1
+    precision: str = "ieee"
+
+
+def quick_cases() -> list[Case]:
+    """Return the variants that most calls use."""
+    return [Case("tile 4x4x4"), Case("tile 2x8x8", tile=(2, 8, 8))]
+
+
+def all_cases() -> list[Case]:
+    """Return every variant: head sizes by tiles, then one for each other feature."""
+    plain = Case("plain")
+    sizes = [
+        replace(plain, name=f"tile {'x'.join(map(str, tile))}", tile=tile, head_dim=head_dim)
+        for head_dim in (64, 128, 256)
+        for tile in TILES
+    ]
+    features = [
+        replace(plain, name="float16", dtype=torch.float16),
+        replace(plain, name="text, key mask, groups", text=77, masked=True, groups=2),
+        replace(plain, name="head size 16", head_dim=16),
+        replace(plain, name="head size 32", head_dim=32),
+        replace(plain, name="head size 96", head_dim=96),
+        replace(plain, name="tile 2x2x4", tile=(2, 2, 4)),
+    ]
+    float32 = [
+        replace(plain, name=f"float32 {precision}", precision=precision, head_dim=size)
+        for precision in ("ieee", "tf32")
+        for size in (64, 128, 256)
+    ]
+    float32 = [replace(case, dtype=torch.float32) for case in float32]
+    return [*sizes, *features, *float32, replace(plain, name="float64", dtype=torch.float64)]
+
+
+def launches(case: Case) -> Iterator[Callable[[], None]]:
+    """Yield functions that launch the forward and the backward of a case."""
+    layout = BlockLayout(GRID, case.tile, text_after=case.text)
+    heads = 2 * case.groups
+
+    def tensor(heads: int) -> torch.Tensor:
+        shape = (1, layout.num_tokens, heads, case.head_dim)
+        return torch.zeros(shape, dtype=case.dtype).transpose(1, 2)
+
+    q, k, v, out = tensor(heads), tensor(2), tensor(2), tensor(heads)
+    lse = torch.zeros(out.shape[:-1], dtype=torch.promote_types(case.dtype, torch.float32))
+    indices = torch.zeros(1, heads, layout.num_blocks, 4, dtype=torch.int32)
+    counts = torch.full(indices.shape[:-1], 4, dtype=torch.int32)
+    mask = torch.ones(1, layout.num_tokens, dtype=torch.bool) if case.masked else None
+    lists = (indices, counts, mask, layout, layout, 0.1)
+
+    yield lambda: gpu.block_sparse_forward(q, k, v, *lists, (out, lse))
+    yield lambda: gpu.block_sparse_backward(
+        out, None, q, k, v, out, lse, *lists, (q.clone(), k.clone(), v.clone())
+    )

@@ -1,0 +1,101 @@
+"""Choose tiles for chips that are not here: the first candidates the audit has nothing against.
+
+python -m benchmarks.audit.choose [--chips sm_90] [--table FILE]
+
+A table made this way says so. `compiled-sparse bench --tune` replaces a chip's part by measured
+tiles, and chips with measured tiles are left alone here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.audit.bounds import violations
+from benchmarks.audit.cases import Case
+from benchmarks.audit.cases import launches
+from benchmarks.audit.machine_code import usage
+from benchmarks.audit.offline import compiling_for
+from benchmarks.audit.precision import float32_precision
+from compiled_sparse.kernels import tuning
+from compiled_sparse.kernels.candidates import HEAD_DIMS
+from compiled_sparse.kernels.candidates import ITEM_BYTES
+from compiled_sparse.kernels.candidates import OWN_ROWS
+from compiled_sparse.kernels.candidates import candidates
+from compiled_sparse.kernels.tuning import Tile
+
+SOURCE = "chosen offline: the first tile without spills that fits the chip; not measured"
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+_TILES = {64: ((4, 4, 4), (3, 5, 4)), 128: ((2, 8, 8), (5, 5, 5))}
+
+
+def choose_tiles(chip: str) -> dict[str, dict[str, list[Any]]]:
+    """Return the tiles of one chip, as they stand in the table."""
+    tiles: dict[str, dict[str, list[Any]]] = {}
+    for kernel in tuning.KERNELS:
+        tiles[kernel] = {
+            f"{item_bytes}:{head_dim}:{own}": list(_first(chip, kernel, item_bytes, head_dim, own))
+            for item_bytes in ITEM_BYTES
+            for head_dim in HEAD_DIMS
+            for own in OWN_ROWS
+        }
+    return tiles
+
+
+def _first(chip: str, kernel: str, item_bytes: int, head_dim: int, own: int) -> Tile:
+    for tile in candidates(kernel, item_bytes, head_dim, own):
+        cases = _hardest_cases(item_bytes, head_dim, own)
+        if not any(_violations(chip, kernel, case, tile) for case in cases):
+            print(chip, kernel, f"{item_bytes}:{head_dim}:{own}", *tile, flush=True)
+            return tile
+    raise RuntimeError(f"no tile for {kernel} {item_bytes}:{head_dim}:{own} on {chip}")
+
+
+def _hardest_cases(item_bytes: int, head_dim: int, own: int) -> Iterator[Case]:
+    """The features that take most registers, together."""
+    hard = Case("", _DTYPES[item_bytes], head_dim, text=77, masked=True, groups=2)
+    for tile in _TILES[own]:
+        for precision in ("ieee", "tf32") if item_bytes == 4 else ("ieee",):
+            yield replace(hard, tile=tile, precision=precision)
+
+
+def _violations(chip: str, kernel: str, case: Case, tile: Tile) -> list[str]:
+    chosen, tuning.choose = tuning.choose, lambda *_: tile
+    forward, backward = launches(case)
+    only = f"attention_{kernel}"
+    try:
+        with compiling_for(chip, only) as compiled, float32_precision(case.precision):
+            (forward if kernel == "forward" else backward)()
+    finally:
+        tuning.choose = chosen
+    (made,) = compiled
+    if made.error is not None:
+        return [made.error]
+    has_matrix = case.dtype.itemsize == 2 or (case.dtype.itemsize == 4 and case.precision == "tf32")
+    matrix = {"matrix": has_matrix, "wide_rows": tile.own >= 64}
+    return list(violations(only, chip, usage(made.result), warps=tile.warps, **matrix))
+
+
+def main() -> None:
+    """Choose tiles and write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit.choose", description=__doc__)
+    parser.add_argument("--chips", nargs="*", choices=[*tuning.CHIPS, []], help="default: all")
+    parser.add_argument("--table", type=Path, default=tuning.SHIPPED)
+    arguments = parser.parse_args()
+    document = json.loads(arguments.table.read_text())
+    for chip in arguments.chips or tuning.CHIPS:
+        if document["chips"].get(chip, {}).get("source", SOURCE) == SOURCE:
+            record = {"source": SOURCE, "triton": triton.__version__, "tiles": choose_tiles(chip)}
+            document["chips"][chip] = record
+    tuning.write_table(document, arguments.table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Audit one chip: every case compiled, read and held against the bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.audit.bounds import violations
+from benchmarks.audit.cases import Case
+from benchmarks.audit.cases import launches
+from benchmarks.audit.machine_code import usage
+from benchmarks.audit.offline import Compiled
+from benchmarks.audit.offline import compiling_for
+from benchmarks.audit.precision import float32_precision
+
+
+def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """Yield one record for each kernel of each case.
+
+    A kernel that several cases compile alike (those for lists) is reported once.
+    """
+    seen: set[str] = set()
+    for case in cases:
+        with compiling_for(chip) as compiled, float32_precision(case.precision):
+            for launch in launches(case):
+                launch()
+        for kernel in compiled:
+            record = _record(chip, case, kernel)
+            if "error" in record or record["hash"] not in seen:
+                seen.add(record.pop("hash", ""))
+                yield record
+
+
+def _record(chip: str, case: Case, kernel: Compiled) -> dict[str, Any]:
+    record = {
+        "chip": chip,
+        "kernel": kernel.kernel,
+        "case": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "head_dim": case.head_dim,
+        "queries": kernel.constants.get("BLOCK_M"),
+        "keys": kernel.constants.get("BLOCK_N"),
+        "warps": kernel.warps,
+        "stages": kernel.stages,
+    }
+    if kernel.error is not None:
+        return record | {"error": kernel.error, "violations": [kernel.error]}
+    used = usage(kernel.result)
+    wrong = violations(
+        kernel.kernel,
+        chip,
+        used,
+        warps=kernel.warps,
+        matrix=_has_matrix_instructions(case),
+        wide_rows=_own_rows(kernel) >= 64,
+    )
+    return record | used.as_dict() | {"violations": list(wrong), "hash": kernel.result.hash}
+
+
+def _has_matrix_instructions(case: Case) -> bool:
+    return case.dtype.itemsize == 2 or (case.dtype == torch.float32 and case.precision == "tf32")
+
+
+def _own_rows(kernel: Compiled) -> int:
+    side = "BLOCK_N" if kernel.kernel == "attention_backward_keys" else "BLOCK_M"
+    return int(kernel.constants.get(side, 0))
