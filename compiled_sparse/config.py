@@ -446,9 +446,7 @@ def _as_tuples(value: Any) -> Any:
 def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
     def valid(extents: Any) -> bool:
         return (
-            isinstance(extents, tuple)
-            and 1 <= len(extents) <= 3
-            and all(map(_is_count, extents))
+            isinstance(extents, tuple) and 1 <= len(extents) <= 3 and all(map(_is_count, extents))
         )
 
     if not all(valid(extents) for extents in values):

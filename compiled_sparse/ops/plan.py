@@ -87,9 +87,7 @@ def sta_lists(
 
 
 @lru_cache(maxsize=_CACHE_SIZE)
-def swba_lists(
-    length: int, block: int, window: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def swba_lists(length: int, block: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the key blocks each query block attends to under sliding-window block attention.
 
     Args:

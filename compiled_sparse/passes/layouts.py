@@ -28,6 +28,7 @@ from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
+from compiled_sparse.passes.tracks import named_atoms
 from compiled_sparse.passes.tracks import track_size
 
 MAX_AXES = 3
@@ -142,8 +143,7 @@ def _is_whole_video(part: Part) -> bool:
 def _is_unsplit(track: Track) -> bool:
     """Whether a dimension was never taken apart: else the rest of its tokens may be elsewhere."""
     origins = (o for atom in atoms_of(track) if isinstance(atom, Stream) for o in atom.origins)
-    is_split = any(isinstance(origin, tuple) for origin in origins)
-    return not is_split and all(part.cut is None for part in track)
+    return not any(map(named_atoms, origins)) and all(part.cut is None for part in track)
 
 
 def _refuse_other_tokens(site: Site) -> Refusal | None:
