@@ -14,6 +14,7 @@ from compiled_sparse.attach import attach
 from compiled_sparse.attach import sparse
 from compiled_sparse.compatible import compatible
 from compiled_sparse.config import STA
+from compiled_sparse.config import SWBA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.explain import explain
@@ -31,6 +32,7 @@ from compiled_sparse.windows import WindowTable
 
 __all__ = [
     "STA",
+    "SWBA",
     "Auto",
     "Dense",
     "Guard",

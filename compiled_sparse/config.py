@@ -32,9 +32,12 @@ class MechanismConfig:
     """Base of every mechanism's config.
 
     Subclasses are frozen dataclasses that set `name`; `compiled_sparse.registry` makes them known.
+    With `grid_is_sequence` the mechanism is given the whole sequence, text included, as a grid of
+    one axis, and no other grid need be known.
     """
 
     name: ClassVar[str] = ""
+    grid_is_sequence: ClassVar[bool] = False
 
     @property
     def num_axes(self) -> int | None:
@@ -274,6 +277,47 @@ class STA(MechanismConfig):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SWBA(MechanismConfig):
+    """Sliding-window block attention: causal from block to block, bidirectional inside a block.
+
+    The whole sequence, text included, is cut in order into blocks of `block` tokens. Query block i
+    attends to the key blocks j with `i - window < j <= i`. A token never attends to later blocks:
+    for models that generate in temporal order.
+
+    Args:
+        block: Tokens of a block; the last block of a sequence may be shorter.
+        window: Blocks a query sees, its own included.
+
+    Raises:
+        ConfigError: if a value is not a positive integer.
+    """
+
+    name: ClassVar[str] = "swba"
+    grid_is_sequence: ClassVar[bool] = True
+
+    block: int = 256
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if not (_is_count(self.block) and _is_count(self.window)):
+            raise ConfigError(
+                "SWBA has a value that is not a positive integer",
+                got=f"block={self.block!r}, window={self.window!r}",
+                expected="block in tokens and window in blocks, integers of at least 1",
+                next_step="pass block=256, window=4, for instance",
+            )
+
+    @property
+    def num_axes(self) -> int:
+        """Number of grid axes this config is written for: the sequence is one."""
+        return 1
+
+    def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tile used on any sequence: a block."""
+        return (self.block,)
+
+
 _WITHOUT_OP: dict[str, type[MechanismConfig]] = {"auto": Auto, "dense": Dense}
 
 
@@ -402,9 +446,7 @@ def _as_tuples(value: Any) -> Any:
 def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
     def valid(extents: Any) -> bool:
         return (
-            isinstance(extents, tuple)
-            and 1 <= len(extents) <= 3
-            and all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in extents)
+            isinstance(extents, tuple) and 1 <= len(extents) <= 3 and all(map(_is_count, extents))
         )
 
     if not all(valid(extents) for extents in values):
@@ -414,6 +456,10 @@ def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
             expected="1 to 3 positive integers, slowest axis first",
             next_step=f"pass {name.split('.')[1]}=(3, 3, 3), for instance",
         )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _spec_value(value: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,6 +171,17 @@ def as_grid(value: object) -> tuple[int, ...]:
         grid = tuple(map(operator.index, grid))
     check_extents("grid_thw", grid)
     return tuple(grid)
+
+
+def sequence_grid(grid: Sequence[Any], text_before: Any = 0, text_after: Any = 0) -> tuple[Any]:
+    """Return the grid of one axis that a whole sequence is, text included; sizes may be symbolic.
+
+    Args:
+        grid: Tokens per axis of the video.
+        text_before: Text tokens in front of it.
+        text_after: Text tokens behind it.
+    """
+    return (math.prod(grid) + text_before + text_after,)
 
 
 def check_text(text: object) -> None:

@@ -1,4 +1,4 @@
-"""Sliding tile attention as integers: windows, visible pairs, density. No tensors."""
+"""Static patterns as integers: windows, visible pairs, density. No tensors."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ def table_density(layout: BlockLayout, table: WindowTable) -> tuple[float, float
     of_window = [sta_density(layout, (window,)) for window in table.windows]
     rows = [sum(map(of_window.__getitem__, row)) / len(row) for row in chain(*table.choice)]
     return sum(rows) / len(rows), min(rows), max(rows)
+
+
+def swba_density(length: int, block: int, window: int) -> float:
+    """Fraction of (query, key) token pairs attended under sliding-window block attention."""
+    pairs = 0
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        pairs += (end - start) * (end - max(0, start - (window - 1) * block))
+    return pairs / length**2
 
 
 def _axis_token_pairs(extent: int, side: int, nominal: int) -> int:

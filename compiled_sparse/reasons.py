@@ -30,7 +30,7 @@ REASONS: dict[str, str] = {
     "heads_mismatch": "One window per head was given, for another number of heads.",
     "mask_unsupported": "The attention mask is not provably a key-padding mask.",
     "dropout": "Dropout inside attention. Set the attention dropout to 0.",
-    "causal": "Causal attention. The mechanism is bidirectional.",
+    "causal": "Causal attention. The mechanism is not causal token by token.",
     "forward_only": "The mechanism has no backward. Use torch.no_grad(), or name another one.",
     "dtype_unsupported": "The dtype has no kernel. Use float32, bfloat16, float16 or float64.",
     "head_dim_unsupported": "The head size has no kernel.",

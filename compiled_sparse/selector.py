@@ -20,6 +20,7 @@ from compiled_sparse.environment import policy_from_environment as mechanism_fro
 from compiled_sparse.force import forced
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import auto_tile
+from compiled_sparse.layout import sequence_grid
 from compiled_sparse.metadata import CallMetadata
 from compiled_sparse.ops.checks import KERNEL_CAPABILITIES
 from compiled_sparse.policy import Policy
@@ -292,6 +293,8 @@ def choose(
     mechanism = registry.mechanism_of(config)
     if mechanism is None:
         return Refused("policy_dense")
+    if config.grid_is_sequence:
+        grid, text_before, text_after = sequence_grid(grid, text_before, text_after), 0, 0
     if config.num_axes not in (None, len(grid)):
         return Refused("axes_mismatch", f"config has {config.num_axes}, grid has {len(grid)}")
     if len(grid) not in mechanism.capabilities.num_axes:

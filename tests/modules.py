@@ -16,6 +16,7 @@ from torch import fx
 from torch import nn
 
 import compiled_sparse as cs
+from compiled_sparse.config import MechanismConfig
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
@@ -177,7 +178,7 @@ def expected_output(
     *inputs: Any,
     grid_thw: tuple[int, ...] = GRID,
     text: cs.Text | None = None,
-    config: cs.STA = POLICY,
+    config: MechanismConfig = POLICY,
 ) -> Any:
     """Return what a model gives eagerly under the reference."""
     with cs.reference.override(config, grid_thw=grid_thw, text=text) as replaced:

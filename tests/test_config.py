@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -39,6 +40,26 @@ def test_a_spec_string_means_the_same_windows_and_tile(config: cs.STA) -> None:
     assert isinstance(again, cs.STA)
     assert again.windows == config.windows
     assert again.tile_thw == config.tile_thw
+
+
+@given(st.builds(cs.SWBA, block=st.integers(1, 10**6), window=st.integers(1, 10**6)))
+def test_block_and_window_survive_both_round_trips(config: cs.SWBA) -> None:
+    assert MechanismConfig.from_json(config.to_json()) == config
+    assert parse_spec(config.describe()) == config
+
+
+@pytest.mark.parametrize("name", ["block", "window"])
+@pytest.mark.parametrize("value", [0, -1, "a", True, 2.0, None, (4,)], ids=repr)
+def test_a_block_or_window_that_is_no_count_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{name}={value!r}")):
+        cs.SWBA(**{name: value})
+
+
+def test_a_sequence_is_cut_into_blocks_whatever_its_length() -> None:
+    assert (cs.SWBA().block, cs.SWBA().window) == (256, 4)
+    assert cs.SWBA(block=100).resolve_tile((7,)) == (100,)
+    assert cs.SWBA().resolved((256,)) == cs.SWBA()
+    assert not cs.SWBA().needs_static_grid
 
 
 @pytest.mark.parametrize("config", [cs.Dense(), Auto()], ids=repr)
@@ -123,7 +144,7 @@ def test_a_grid_with_other_axes_than_the_config_has_no_tile(tile: object) -> Non
 
 
 def test_every_mechanism_is_registered_by_its_name() -> None:
-    assert known_mechanisms() == ("auto", "dense", "sta")
+    assert known_mechanisms() == ("auto", "dense", "sta", "swba")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +158,8 @@ def test_every_mechanism_is_registered_by_its_name() -> None:
             cs.STA(window_thw=(3, 5, 5), tile_thw="auto"),
         ),
         ("sta:", cs.STA()),
+        ("swba", cs.SWBA()),
+        ("swba:block=64,window=2", cs.SWBA(block=64, window=2)),
     ],
 )
 def test_spec_strings_are_read_with_any_spaces_and_case(spec: str, config: object) -> None:

@@ -14,6 +14,7 @@ from compiled_sparse import config
 from compiled_sparse import registry
 from compiled_sparse import selector
 from compiled_sparse.config import STA
+from compiled_sparse.config import SWBA
 from compiled_sparse.environment import ALIASES
 from compiled_sparse.quality import LEVELS
 from compiled_sparse.reasons import EXPECTED_DENSE
@@ -21,11 +22,11 @@ from compiled_sparse.reasons import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README, START, REPORT, ENVIRONMENT, STA_PAGE, POLICY_PAGE, MIGRATION = (
+README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("start", "report", "environment", "sta", "policy", "migration")
+        for name in ("start", "report", "environment", "sta", "swba", "policy", "migration")
     ),
 )
 
@@ -133,6 +134,8 @@ def test_numbers_in_prose_are_those_of_the_code() -> None:
         "window_thw": f"`{STA().window_thw}`",
         "tile_thw": f"`{STA().tile_thw}`",
     }
+    defaults = {name.strip("`"): value for name, _, value in table_rows(SWBA_PAGE, "parameter")}
+    assert defaults == {"block": f"`{SWBA().block}`", "window": f"`{SWBA().window}`"}
 
 
 def test_the_policy_page_shows_the_numbers_of_the_quality_levels() -> None:

@@ -59,7 +59,7 @@ site  kind   heads  q/k length  grid   text  decision  mechanism                
 attn  self   2      60/60       -      -     dense     -                                    1.000    -     causal
 attn  joint  2      67/67       3x4x5  0+7   sparse    sta:window_thw=1x1x1,tile_thw=2x3x2  0.298    2.7x
 attn  self   2      60/60       -      -     dense     -                                    1.000    -     layout_unknown (its tokens are not in the patch embedding's order)
-causal: Causal attention. The mechanism is bidirectional.
+causal: Causal attention. The mechanism is not causal token by token.
 layout_unknown: The token grid is not proven. Pass cs.metadata(grid_thw=(T, H, W)).""",  # noqa: E501 - a table
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import oracle
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import layouts_with_windows
 
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.pattern import effective_width
 from compiled_sparse.pattern import sta_density
 from compiled_sparse.pattern import sta_pairs
+from compiled_sparse.pattern import swba_density
 from compiled_sparse.pattern import window_start
 
 AXES = [(num_tiles, nominal) for num_tiles in range(1, 13) for nominal in range(1, 16)]
@@ -50,3 +52,11 @@ def test_density_equals_the_counted_density_of_naive_masks(
     assert sta_density(layout, windows) == pytest.approx(mask.double().mean().item())
     for head, window in enumerate(windows):
         assert sta_pairs(layout, window) == int(mask[head].sum())
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 12))
+def test_the_density_of_blocks_in_order_is_counted_token_by_token(
+    length: int, block: int, window: int
+) -> None:
+    seen = [[0 <= q // block - k // block < window for k in range(length)] for q in range(length)]
+    assert swba_density(length, block, window) == pytest.approx(sum(map(sum, seen)) / length**2)

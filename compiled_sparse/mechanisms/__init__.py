@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from compiled_sparse.mechanisms import sta
+from compiled_sparse.mechanisms import swba
 from compiled_sparse.registry import register
 
 register(sta.MECHANISM)
+register(swba.MECHANISM)

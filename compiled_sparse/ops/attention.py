@@ -18,6 +18,7 @@ from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import Text
 from compiled_sparse.layout import as_grid
 from compiled_sparse.layout import check_text
+from compiled_sparse.layout import sequence_grid
 from compiled_sparse.metadata import check_index
 from compiled_sparse.metadata import current_call
 from compiled_sparse.registry import mechanism_of
@@ -80,7 +81,8 @@ def attention(
         k: [batch, key heads, length, head_dim]; query heads is a multiple of key heads.
         v: like `k`.
         config: Mechanism and its parameters, e.g. `STA(window_thw=(3, 3, 3))`.
-        grid_thw: Token grid of the video; every mechanism but `Dense` needs it.
+        grid_thw: Token grid of the video; every mechanism but `Dense` and those over the plain
+            sequence (`SWBA`) needs it.
         text: Text tokens around the video in the same sequence.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
@@ -116,6 +118,9 @@ def attention(
             expected="STA(...) or Dense(), or the config of another registered mechanism",
             next_step="pass one of these; 'auto' is only for the compile backend",
         )
+    text = text or Text()
+    if config.grid_is_sequence:
+        grid_thw, text = _sequence(q, grid_thw, text), Text()
     if grid_thw is None:
         raise MissingGridError(
             f"{config.name} needs the token grid",
@@ -126,7 +131,6 @@ def attention(
     if step is None and not torch.compiler.is_compiling():
         step = current_call().step
     config = config.at(step, layer)
-    text = text or Text()
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
@@ -142,6 +146,13 @@ def _check_arguments(grid_thw: object, text: object, step: object, layer: object
     check_text(text)
     check_index("step", step)
     check_index("layer", layer)
+
+
+def _sequence(q: Tensor, grid_thw: tuple[int, ...] | None, text: Text) -> tuple[int]:
+    """Return the sequence as a grid; a grid that was given must add up to it, as the op checks."""
+    if grid_thw is None:
+        return sequence_grid(q.shape[2:3])  # a tensor of a wrong rank is left to the op
+    return sequence_grid(grid_thw, text.before, text.after)
 
 
 def _runtime_tensor(

@@ -86,6 +86,28 @@ def sta_lists(
     return indices[None].to(device, torch.int32), counts[None].to(device, torch.int32)
 
 
+@lru_cache(maxsize=_CACHE_SIZE)
+def swba_lists(length: int, block: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the key blocks each query block attends to under sliding-window block attention.
+
+    Args:
+        length: Tokens of the sequence.
+        block: Tokens of a block.
+        window: Blocks a query block sees, its own included.
+        device: Where the lists live.
+
+    Returns:
+        `block_indices` int32 [1, 1, num_blocks, K] with K the smaller of window and num_blocks,
+        ascending within a row and padded with 0, and `block_counts` int32 [1, 1, num_blocks].
+    """
+    blocks = torch.arange(-(-length // block))
+    counts = (blocks + 1).clamp(max=window)
+    steps = torch.arange(min(window, len(blocks)))
+    indices = (blocks + 1 - counts)[:, None] + steps
+    indices = indices.masked_fill(steps >= counts[:, None], 0)
+    return indices[None, None].to(device, torch.int32), counts[None, None].to(device, torch.int32)
+
+
 def _sta_rows(layout: BlockLayout, window: Window) -> tuple[Tensor, Tensor]:
     before = torch.arange(layout.num_text_blocks_before)
     first_after = layout.num_text_blocks_before + layout.num_video_blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from dataclasses import dataclass
 from dataclasses import replace
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_sparse.layout import sequence_grid
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.combining import same_raster
 from compiled_sparse.passes.combining import shares_provenance
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.rearranged import is_rearranged
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.tracks import Part
@@ -25,6 +28,7 @@ from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
+from compiled_sparse.passes.tracks import named_atoms
 from compiled_sparse.passes.tracks import track_size
 
 MAX_AXES = 3
@@ -80,14 +84,77 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
     Returns:
         The layout, or the refusal.
     """
+    refusal = _refuse_other_tokens(site)
+    if refusal is not None:
+        return refusal
+    layout = _given_layout(site, given) or _layout_of_graph(site)
+    if layout is not None:
+        return layout
+    if site.graph_has_video:
+        return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
+    return Refusal("layout_unknown", _advice(site, given))
+
+
+def as_sequence(
+    site: Site, layout: SiteLayout | Refusal, *, is_attached: bool
+) -> SiteLayout | Refusal:
+    """Lay a site out as one axis: for a mechanism that needs no grid, only the tokens' order.
+
+    The order is that in which the model hands the tokens in. That queries, keys and values are the
+    same tokens must be proven as always; without a grid, so must be that they are the video's.
+
+    Args:
+        site: The call.
+        layout: What `find_layout` says of it.
+        is_attached: Whether the module that makes the call was attached: it is then the caller's
+            word that its tokens are the video's.
+
+    Returns:
+        The layout of one axis without text, or the refusal as it was.
+    """
+    length = site.tensor("query").shape[-2]
+    readers = (Reader(site.arguments["query"], 2),)
+    if isinstance(layout, SiteLayout):
+        numbers = (layout.grid, layout.text_before, layout.text_after)
+        grid = sequence_grid(*numbers) if is_static(layout) else (length,)
+        return SiteLayout(grid, origin=layout.origin, readers=readers)
+    if layout.reason not in ("layout_unknown", "several_grids") or _refuse_other_tokens(site):
+        return layout
+    if _holds_whole_videos(site):
+        return SiteLayout((length,), readers=readers)
+    if is_attached and not site.graph_has_video and _is_unsplit(site.query_track):
+        return SiteLayout((length,), origin="attach", readers=readers)
+    return layout
+
+
+def _holds_whole_videos(site: Site) -> bool:
+    """Whether every video of the sequence is there with all its tokens, in whatever order."""
+    videos = [part for part in site.query_track if part.is_video]
+    is_spread = any(isinstance(atom, Piece) for atom in atoms_of(site.batch_track))
+    return bool(videos) and not is_spread and all(map(_is_whole_video, videos))
+
+
+def _is_whole_video(part: Part) -> bool:
+    axes = part.pieces[0].axes
+    is_of_one = len(part.pieces) == len(part.atoms) and {p.axes for p in part.pieces} == {axes}
+    return part.cut is None and is_of_one and same(part.size, math.prod(axes.sizes))
+
+
+def _is_unsplit(track: Track) -> bool:
+    """Whether a dimension was never taken apart: else the rest of its tokens may be elsewhere."""
+    origins = (o for atom in atoms_of(track) if isinstance(atom, Stream) for o in atom.origins)
+    return not any(map(named_atoms, origins)) and all(part.cut is None for part in track)
+
+
+def _refuse_other_tokens(site: Site) -> Refusal | None:
+    """Refuse what is not provably the self-attention of the video's tokens, or of unknown ones."""
     if site.lost_at is not None:
         return Refusal("layout_unknown", f"tensor written in place by {site.lost_at.name!r}")
     if not site.is_self_length:
         return Refusal("cross_attention", "queries and keys differ in length")
     if site.graph_has_video and site.query_from_video != site.key_from_video:
         return Refusal("cross_attention", "keys are not the queries' tokens")
-    is_placed = any(map(_positions, (*site.query_track, *site.key_track)))
-    if site.graph_has_video and not site.query_from_video and not is_placed:
+    if site.graph_has_video and not site.query_from_video and not _is_placed(site):
         return Refusal("not_video", "its tokens do not come from the patch embedding")
     if not shares_provenance(site.query_track, site.key_track, site.value_track):
         return Refusal(
@@ -97,12 +164,7 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
         return Refusal(
             "layout_unknown", "queries, keys and values may be of different members of the batch"
         )
-    layout = _given_layout(site, given) or _layout_of_graph(site, is_placed)
-    if layout is not None:
-        return layout
-    if site.graph_has_video:
-        return Refusal("layout_unknown", "its tokens are not in the patch embedding's order")
-    return Refusal("layout_unknown", _advice(site, given))
+    return None
 
 
 def _advice(site: Site, given: LayoutMetadata | None) -> str:
@@ -152,10 +214,15 @@ def _by_length(track: Track, given: LayoutMetadata) -> SiteLayout | None:
     return SiteLayout(given.grid_thw, before, after, origin="metadata", by_length=unproven)
 
 
-def _layout_of_graph(site: Site, is_placed: bool) -> SiteLayout | Refusal | None:
+def _layout_of_graph(site: Site) -> SiteLayout | Refusal | None:
     if has_video(site.query_track):
         return _layout_of_track(site.query_track, site.batch_track)
-    return _layout_of_positions(site) if is_placed else None
+    return _layout_of_positions(site) if _is_placed(site) else None
+
+
+def _is_placed(site: Site) -> bool:
+    """Whether any queries or keys were rotated by a table of positions."""
+    return any(map(_positions, (*site.query_track, *site.key_track)))
 
 
 def _layout_of_track(track: Track, batch: Track) -> SiteLayout | Refusal:

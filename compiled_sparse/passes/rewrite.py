@@ -27,6 +27,7 @@ from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
+from compiled_sparse.passes.layouts import as_sequence
 from compiled_sparse.passes.layouts import can_be_dynamic
 from compiled_sparse.passes.layouts import find_layout
 from compiled_sparse.passes.layouts import is_static
@@ -148,10 +149,11 @@ class SparseAttentionPass:
         return decision
 
     def _decide(self, case: _Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
-        site, layout, facts = case.site, case.layout, case.facts
+        site, facts = case.site, case.facts
+        wanted = requested(self.sources, facts)
+        layout = case.layout_for(wanted)
         if not isinstance(layout, SiteLayout):
             return dense_decision(site, facts, layout)
-        wanted = requested(self.sources, facts)
         outcome = _prove(site, wanted, layout)
         dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
         if isinstance(outcome, Refused):
@@ -184,6 +186,12 @@ class _Case:
         if wanted.origin != "module" or self.marker is None or self.marker.layer is None:
             return self.facts
         return replace(self.facts, layer=0, num_layers=1)
+
+    def layout_for(self, wanted: Requested) -> SiteLayout | Refused | Refusal:
+        """The layout in the form that a mechanism takes it."""
+        if not wanted.config.grid_is_sequence or isinstance(self.layout, Refused):
+            return self.layout
+        return as_sequence(self.site, self.layout, is_attached=self.marker is not None)
 
 
 def _layout_of(

@@ -12,6 +12,7 @@ from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import Text
+from compiled_sparse.layout import sequence_grid
 from compiled_sparse.registry import mechanism_of
 
 _QUERY_CHUNK = 1024
@@ -42,7 +43,8 @@ def attention(
         k: [batch, key heads, length, head_dim].
         v: like `k`.
         config: `Dense()`, or the config of any mechanism.
-        grid_thw: Token grid of the video; not needed for `Dense`.
+        grid_thw: Token grid of the video; not needed for `Dense`, nor for mechanisms over the plain
+            sequence (`SWBA`).
         text: Text tokens around the video.
         key_mask: bool [batch, key length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
@@ -59,6 +61,8 @@ def attention(
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
     config = config.at(step, layer)
+    if config.grid_is_sequence:
+        grid_thw, text = _sequence(q.shape[2], grid_thw, text or Text()), None
     mechanism = mechanism_of(config)
     if mechanism is not None and mechanism.reference is not None:
         both = mechanism.reference(
@@ -88,6 +92,11 @@ def attention(
     return (output, torch.cat(lses, dim=2)) if return_lse else output
 
 
+def _sequence(length: int, grid_thw: tuple[int, ...] | None, text: Text) -> tuple[int]:
+    """Return the sequence as a grid of one axis; a grid that was given is checked later."""
+    return (length,) if grid_thw is None else sequence_grid(grid_thw, text.before, text.after)
+
+
 def _masked_softmax_times(scores: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over visible keys; a row without any gives 0 and -inf."""
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -113,7 +122,7 @@ def token_mask(
         rows: Range of query positions.
         query_length: Length of the query sequence.
         key_length: Length of the key sequence.
-        grid_thw: Token grid; not needed for `Dense`.
+        grid_thw: Token grid; not needed for `Dense`, nor for mechanisms over the plain sequence.
         text: Text tokens around the video.
         device: Device of the mask.
 
@@ -137,6 +146,8 @@ def token_mask(
             expected="Dense(), or the config of a mechanism whose mask is fixed, such as STA(...)",
             next_step="pass the config of one mechanism",
         )
+    if config.grid_is_sequence:
+        grid_thw, text = _sequence(key_length, grid_thw, text), Text()
     if grid_thw is None:
         raise MissingGridError(
             f"{config.name} needs the token grid",

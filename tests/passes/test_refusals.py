@@ -275,7 +275,7 @@ def test_a_missed_call_is_warned_about_with_place_reason_and_next_step(
     (warning,) = [r.message for r in caplog.records if r.name == "compiled_sparse"]
     assert warning == (
         "1 attention calls stay dense although the policy names a mechanism; first attn: causal. "
-        "Causal attention. The mechanism is bidirectional."
+        "Causal attention. The mechanism is not causal token by token."
     )
 
 

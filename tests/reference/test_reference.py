@@ -64,6 +64,18 @@ def test_the_mask_equals_naive_loops_on_every_axis() -> None:
             assert seen == expected, (num_tiles, nominal)
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+@pytest.mark.parametrize("block", [1, 7, 32, 200])
+def test_blocks_see_themselves_and_those_just_before_them(block: int, window: int) -> None:
+    config = cs.SWBA(block=block, window=window)
+    mask = token_mask(config, slice(None), LENGTH, LENGTH, None, cs.Text())
+    assert torch.equal(mask, token_mask(config, slice(None), LENGTH, LENGTH, GRID, TEXT))
+    for query, row in enumerate(mask[0, 0]):
+        first = max(0, query // block - window + 1) * block
+        behind = min(LENGTH, (query // block + 1) * block)
+        assert row.nonzero()[:, 0].tolist() == list(range(first, behind))
+
+
 def test_a_range_of_rows_is_that_part_of_the_mask() -> None:
     rows = slice(20, 71)
     mask = token_mask(STA, rows, LENGTH, LENGTH, GRID, TEXT)
