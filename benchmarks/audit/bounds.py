@@ -17,7 +17,12 @@ SHARED_BYTES = {
 """The most that one program may have, from the vendors' programming guides."""
 
 REGISTERS = 65_536
-MATRIX_KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+MATRIX_KERNELS = (
+    "attention_forward",
+    "attention_forward_boxes",
+    "attention_backward_queries",
+    "attention_backward_keys",
+)
 MATRIX_KIND = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 """The instruction that reaches the chip's rate; HMMA on the others."""
 
@@ -46,5 +51,7 @@ def violations(
     wanted = MATRIX_KIND.get(chip, "HMMA") if wide_rows else "MMA"
     if wanted not in used.matrix_kind:
         yield f"no {wanted} instruction"
+    if kernel == "attention_forward_boxes" and not used.bulk_loads:
+        yield "no load by the bulk copy engine"
     if chip.startswith("sm_") and not used.async_copies + used.bulk_loads:
         yield "rows pass through registers on their way to shared memory"

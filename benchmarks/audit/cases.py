@@ -14,6 +14,7 @@ from compiled_sparse.ops import gpu
 
 GRID = (8, 16, 16)
 TILES = ((4, 4, 4), (2, 8, 8), (6, 8, 8), (3, 5, 4))
+BOX_TILES = ((4, 4, 4), (2, 8, 8), (4, 8, 8))
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,16 @@ class Case:
     masked: bool = False
     groups: int = 1
     precision: str = "ieee"
+    boxes: bool = False
 
 
 def quick_cases() -> list[Case]:
     """Return the variants that most calls use."""
-    return [Case("tile 4x4x4"), Case("tile 2x8x8", tile=(2, 8, 8))]
+    return [
+        Case("tile 4x4x4"),
+        Case("tile 2x8x8", tile=(2, 8, 8)),
+        Case("boxes 4x4x4", boxes=True),
+    ]
 
 
 def all_cases() -> list[Case]:
@@ -57,7 +63,16 @@ def all_cases() -> list[Case]:
         for size in (64, 128, 256)
     ]
     float32 = [replace(case, dtype=torch.float32) for case in float32]
-    return [*sizes, *features, *float32, replace(plain, name="float64", dtype=torch.float64)]
+    boxes = [
+        replace(
+            plain, name=f"boxes {'x'.join(map(str, tile))}", tile=tile, head_dim=size, boxes=True
+        )
+        for size in (64, 128, 256)
+        for tile in BOX_TILES
+    ]
+    boxes.append(replace(plain, name="boxes, text", boxes=True, text=77))
+    float64 = replace(plain, name="float64", dtype=torch.float64)
+    return [*sizes, *features, *float32, float64, *boxes]
 
 
 def launches(case: Case) -> Iterator[Callable[[], None]]:

@@ -23,7 +23,7 @@ from benchmarks.audit.cases import Case
 from benchmarks.audit.cases import launches
 from benchmarks.audit.machine_code import usage
 from benchmarks.audit.offline import compiling_for
-from benchmarks.audit.precision import float32_precision
+from benchmarks.audit.switches import switches
 from compiled_sparse.kernels import tuning
 from compiled_sparse.kernels.candidates import HEAD_DIMS
 from compiled_sparse.kernels.candidates import ITEM_BYTES
@@ -40,9 +40,11 @@ def choose_tiles(chip: str) -> dict[str, dict[str, list[Any]]]:
     """Return the tiles of one chip, as they stand in the table."""
     tiles: dict[str, dict[str, list[Any]]] = {}
     for kernel in tuning.KERNELS:
+        if kernel == "forward_boxes" and chip not in tuning.BULK_COPY_CHIPS:
+            continue
         tiles[kernel] = {
             f"{item_bytes}:{head_dim}:{own}": list(_first(chip, kernel, item_bytes, head_dim, own))
-            for item_bytes in ITEM_BYTES
+            for item_bytes in ((2,) if kernel == "forward_boxes" else ITEM_BYTES)
             for head_dim in HEAD_DIMS
             for own in OWN_ROWS
         }
@@ -51,17 +53,18 @@ def choose_tiles(chip: str) -> dict[str, dict[str, list[Any]]]:
 
 def _first(chip: str, kernel: str, item_bytes: int, head_dim: int, own: int) -> Tile:
     for tile in candidates(kernel, item_bytes, head_dim, own):
-        cases = _hardest_cases(item_bytes, head_dim, own)
+        cases = _hardest_cases(kernel, item_bytes, head_dim, own)
         if not any(_violations(chip, kernel, case, tile) for case in cases):
             print(chip, kernel, f"{item_bytes}:{head_dim}:{own}", *tile, flush=True)
             return tile
     raise RuntimeError(f"no tile for {kernel} {item_bytes}:{head_dim}:{own} on {chip}")
 
 
-def _hardest_cases(item_bytes: int, head_dim: int, own: int) -> Iterator[Case]:
+def _hardest_cases(kernel: str, item_bytes: int, head_dim: int, own: int) -> Iterator[Case]:
     """The features that take most registers, together."""
-    hard = Case("", _DTYPES[item_bytes], head_dim, text=77, masked=True, groups=2)
-    for tile in _TILES[own]:
+    boxes = kernel == "forward_boxes"
+    hard = Case("", _DTYPES[item_bytes], head_dim, text=77, masked=not boxes, groups=2, boxes=boxes)
+    for tile in _TILES[own][:1] if boxes else _TILES[own]:
         for precision in ("ieee", "tf32") if item_bytes == 4 else ("ieee",):
             yield replace(hard, tile=tile, precision=precision)
 
@@ -71,8 +74,8 @@ def _violations(chip: str, kernel: str, case: Case, tile: Tile) -> list[str]:
     forward, backward = launches(case)
     only = f"attention_{kernel}"
     try:
-        with compiling_for(chip, only) as compiled, float32_precision(case.precision):
-            (forward if kernel == "forward" else backward)()
+        with compiling_for(chip, only) as compiled, switches(case.precision, case.boxes):
+            (forward if kernel.startswith("forward") else backward)()
     finally:
         tuning.choose = chosen
     (made,) = compiled

@@ -13,7 +13,7 @@ from benchmarks.audit.cases import launches
 from benchmarks.audit.machine_code import usage
 from benchmarks.audit.offline import Compiled
 from benchmarks.audit.offline import compiling_for
-from benchmarks.audit.precision import float32_precision
+from benchmarks.audit.switches import switches
 
 
 def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
@@ -23,7 +23,7 @@ def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
     """
     seen: set[str] = set()
     for case in cases:
-        with compiling_for(chip) as compiled, float32_precision(case.precision):
+        with compiling_for(chip) as compiled, switches(case.precision, case.boxes):
             for launch in launches(case):
                 launch()
         for kernel in compiled:
