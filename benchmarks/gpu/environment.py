@@ -13,15 +13,16 @@ import torch
 
 from benchmarks.timing import environment as processor_environment
 
-# Dense bf16 TFLOP/s and memory TB/s by parts of the device's name, most specific first; makers' data
-# sheets, without sparsity. What is not listed has no peak, and its record no MFU.
+# Dense bf16 TFLOP/s and memory TB/s by parts of the device's name, most specific first; makers'
+# data sheets, without sparsity. What is not listed has no peak, and its record no MFU.
 PEAKS: tuple[tuple[str, float, float | None], ...] = (
     ("H100 PCIe", 756.0, 2.0),
     ("H100 NVL", 835.0, 3.9),
     ("H100", 989.4, 3.35),
     ("H800", 989.4, 3.35),
-    ("H200", 989.4, 4.8),
     ("GH200", 989.4, None),
+    ("H200", 989.4, 4.8),
+    ("GB200", 2500.0, 8.0),
     ("B200", 2250.0, 8.0),
     ("A100-PCIE-40GB", 312.0, 1.555),
     ("A100-SXM4-40GB", 312.0, 1.555),

@@ -1,4 +1,4 @@
-"""A video transformer as Wan's, in plain torch, compiled with this backend and compared with eager."""
+"""A video transformer like Wan's in plain torch, compiled with this backend, beside eager."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS, HEADS, CHANNELS, TEXT_TOKENS, TEXT_DIM = 2, 3, 4, 24, 32
 CONFIG = cs.STA(window_thw=(1, 3, 3), tile_thw=(4, 4, 4))
 KERNELS = ("block_sparse_attention", "block_sparse_attention_backward")
 QUERY_SCALE = 3.0
-"""At its initial scale attention is nearly a mean over all keys, and a wrong mask would not show."""
+"""At its initial scale attention is nearly a mean over keys, and a wrong mask would not show."""
 
 
 def cases(settings: Settings) -> dict[str, CaseFunction]:

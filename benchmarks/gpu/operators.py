@@ -17,32 +17,36 @@ from benchmarks.gpu.settings import CaseFunction
 from benchmarks.gpu.settings import Settings
 from compiled_sparse.reference.attention import token_mask
 
-GRID, TILE, WINDOW = (5, 9, 10), (4, 4, 4), (1, 3, 1)
+TILE, WINDOW = (4, 4, 4), (1, 3, 1)
+GRID, QUICK_GRID = (5, 9, 10), (3, 9, 5)
 TEXT = cs.Text(before=7, after=77)
+LOW, FULL = torch.bfloat16, torch.float32
+
+Grid = tuple[int, int, int]
 
 
 def cases(settings: Settings) -> dict[str, CaseFunction]:
     """Return the checks of this section by name."""
     device = torch.device(settings.device)
+    grid = QUICK_GRID if settings.quick else GRID
     functions: dict[str, CaseFunction] = {
-        f"opcheck {name}{', key mask' * masked}": functools.partial(_opcheck, name, masked, device)
-        for name in ("block_sparse_attention", "sta")
-        for masked in (False, True)
+        "opcheck block_sparse_attention_backward": functools.partial(
+            _opcheck_backward, grid, device
+        )
     }
-    functions["opcheck block_sparse_attention_backward"] = functools.partial(
-        _opcheck_backward, device
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        for masked in (False, True):
-            name = f"STA {str(dtype).removeprefix('torch.')}{', key mask' * masked}"
-            functions[name] = functools.partial(_sta, dtype, masked, device)
+    for masked in (True,) if settings.quick else (True, False):
+        suffix = ", key mask" if masked else ""
+        for name in ("block_sparse_attention", "sta"):
+            check = functools.partial(_opcheck, name, grid, masked, device)
+            functions[f"opcheck {name}{suffix}"] = check
+        for dtype in (LOW, FULL):
+            name = f"STA {str(dtype).removeprefix('torch.')}{suffix}"
+            functions[name] = functools.partial(_sta, grid, dtype, masked, device)
     return functions
 
 
-def _inputs(
-    device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64
-) -> list[Tensor]:
-    length = torch.Size(GRID).numel() + TEXT.before + TEXT.after
+def _inputs(grid: Grid, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    length = torch.Size(grid).numel() + TEXT.before + TEXT.after
     generator = torch.Generator(device).manual_seed(0)
     shape = (2, 2, length, head_dim)
     return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3)]
@@ -54,26 +58,25 @@ def _key_mask(length: int, device: torch.device) -> Tensor:
     return valid
 
 
-def _arguments(masked: bool, device: torch.device) -> tuple[Any, ...]:
+def _arguments(grid: Grid, masked: bool, device: torch.device) -> tuple[Any, ...]:
     """Return the positional arguments of the kernel op; q, k and v require gradients."""
-    q, k, v = (each.bfloat16().requires_grad_() for each in _inputs(device, head_dim=32))
-    lists = torch.ops.compiled_sparse.sta_block_lists(
-        GRID, TILE, WINDOW, TEXT.before, TEXT.after, device
-    )
+    q, k, v = (each.requires_grad_() for each in _inputs(grid, device, LOW, 32))
+    text = (TEXT.before, TEXT.after)
+    lists = torch.ops.compiled_sparse.sta_block_lists(grid, TILE, WINDOW, *text, device)
     mask = _key_mask(q.shape[2], device) if masked else None
-    return q, k, v, *lists, mask, GRID, TILE, TILE, TEXT.before, TEXT.after, None
+    return q, k, v, *lists, mask, grid, TILE, TILE, *text, None
 
 
-def _opcheck(name: str, masked: bool, device: torch.device) -> dict[str, Any]:
-    arguments = _arguments(masked, device)
+def _opcheck(name: str, grid: Grid, masked: bool, device: torch.device) -> dict[str, Any]:
+    q, k, v, _, _, mask, *_, before, after, scale = arguments = _arguments(grid, masked, device)
     if name == "sta":
-        arguments = (*arguments[:3], arguments[5], GRID, TILE, WINDOW, *arguments[9:])
+        arguments = (q, k, v, mask, grid, TILE, WINDOW, before, after, scale)
     operator = getattr(torch.ops.compiled_sparse, name).default
     return {"opcheck": torch.library.opcheck(operator, arguments)}
 
 
-def _opcheck_backward(device: torch.device) -> dict[str, Any]:
-    q, k, v, *rest = _arguments(True, device)
+def _opcheck_backward(grid: Grid, device: torch.device) -> dict[str, Any]:
+    q, k, v, *rest = _arguments(grid, True, device)
     tensors = tuple(each.detach() for each in (q, k, v))
     out, lse = torch.ops.compiled_sparse.block_sparse_attention(*tensors, *rest)
     operator = torch.ops.compiled_sparse.block_sparse_attention_backward.default
@@ -82,23 +85,23 @@ def _opcheck_backward(device: torch.device) -> dict[str, Any]:
     return {"opcheck": torch.library.opcheck(operator, arguments)}
 
 
-def _sta(dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
+def _sta(grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
     """Compare sliding tile attention, and its gradients, with its reference in float64."""
-    inputs = _inputs(device, dtype)
+    inputs = _inputs(grid, device, dtype, 64)
     length = inputs[0].shape[2]
     mask = _key_mask(length, device) if masked else None
     weight = torch.randn_like(inputs[0])
     config = cs.STA(window_thw=WINDOW, tile_thw=TILE)
 
     def run(attention: Any, compute: torch.dtype) -> dict[str, Tensor]:
-        leaves = [each.detach().to(compute, copy=True).requires_grad_() for each in inputs]
-        keywords = {"grid_thw": GRID, "text": TEXT, "key_mask": mask, "return_lse": True}
+        leaves = [each.to(compute, copy=True).requires_grad_() for each in inputs]
+        keywords = {"grid_thw": grid, "text": TEXT, "key_mask": mask, "return_lse": True}
         out, lse = attention(*leaves, config, **keywords)
         gradients = torch.autograd.grad(out, leaves, weight.to(compute))
         named = dict(zip(GRADIENTS, gradients, strict=True))
         return {"out": out.detach(), "lse": lse.detach(), **named}
 
-    visible = token_mask(config, slice(None), length, length, GRID, TEXT, device)
+    visible = token_mask(config, slice(None), length, length, grid, TEXT, device)
     if mask is not None:
         visible = visible & mask[:, None, None, :]
     no_gradient = torch.zeros(weight.shape[:-1], device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,15 @@ def gradient_call(attend: Attend, inputs: tuple[Tensor, ...], grad: Tensor) -> C
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
+def _dense_call(
+    backend: SDPBackend, inputs: tuple[Tensor, Tensor, Tensor], direction: str
+) -> Callable[[], Any]:
+    attend = functools.partial(dense, backend)
+    if direction == "backward":
+        return gradient_call(attend, inputs, torch.ones_like(inputs[0]))
+    return functools.partial(attend, *inputs)
+
+
 def fastest_dense(
     inputs: tuple[Tensor, Tensor, Tensor], direction: str, clock: Clock
 ) -> Dense | str:
@@ -90,15 +100,8 @@ def fastest_dense(
     times: dict[SDPBackend, float] = {}
     errors: dict[str, str] = {}
     for backend in DENSE_BACKENDS:
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
-            return dense(backend, q, k, v)
-
         try:
-            if direction == "backward":
-                call = gradient_call(attend, inputs, torch.ones_like(inputs[0]))
-            else:
-                call = lambda attend=attend: attend(*inputs)  # noqa: E731 - bound to this backend
+            call = _dense_call(backend, inputs, direction)
             call()
             times[backend] = interleaved_medians(
                 {"dense": call}, _PROBE_ROUNDS, clock=clock, warm_up_seconds=0

@@ -1,4 +1,4 @@
-"""What attention over lists of blocks must give: dense, in float64, and how far off plain code is."""
+"""What attention over lists of blocks must give, in float64, and how far off plain code is."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _matrix_unit_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply as matrix units do: inputs of `dtype`, sums in float32."""
     batch = a.shape[:-2]
     left, right = (x.to(dtype).flatten(0, -3).contiguous() for x in (a, b.expand(*batch, -1, -1)))
-    wide = torch.bmm(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
+    wide = torch.bmm(left, right, out_dtype=torch.float32)
     return wide.view(*batch, *wide.shape[-2:])
 
 
@@ -154,7 +154,7 @@ def has_matrix_units(device: torch.device) -> bool:
         return False
     a = torch.randn(2, 32, 32, device=device).bfloat16()
     try:
-        wide = torch.bmm(a, a, out_dtype=torch.float32)  # type: ignore[call-overload]
+        wide = torch.bmm(a, a, out_dtype=torch.float32)
     except (RuntimeError, TypeError):
         return False
     return bool(torch.allclose(wide, a.float() @ a.float(), rtol=1e-3, atol=1e-3))

@@ -1,4 +1,4 @@
-"""Time of the kernel beside dense attention and flex_attention, each case checked on sampled rows."""
+"""Time of the kernel beside dense attention and flex_attention; sampled rows are checked."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from benchmarks.gpu.reference import gathered_problem
 from benchmarks.gpu.reference import plain
 from benchmarks.gpu.settings import CaseFunction
 from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import SkippedError
 from benchmarks.gpu.speed_cases import Shape
 from benchmarks.gpu.speed_cases import SpeedCase
 from benchmarks.gpu.speed_cases import quick_cases
@@ -53,7 +54,16 @@ _dense_of: dict[tuple[Shape, str], Dense | str] = {}
 def cases(settings: Settings) -> dict[str, CaseFunction]:
     """Return the measurements by name, the most important first."""
     chosen = quick_cases() if settings.quick else speed_cases()
-    return {case.name: functools.partial(measure, case, settings.device) for case in chosen}
+    return {
+        case.name: functools.partial(_measure_if_it_fits, case, settings.device) for case in chosen
+    }
+
+
+def _measure_if_it_fits(case: SpeedCase, device: str) -> dict[str, Any]:
+    try:
+        return measure(case, device)
+    except torch.OutOfMemoryError as error:
+        raise SkippedError(first_line(error)) from error
 
 
 def measure(case: SpeedCase, device: str) -> dict[str, Any]:
@@ -71,11 +81,11 @@ def measure(case: SpeedCase, device: str) -> dict[str, Any]:
     attend = functools.partial(_attend, case.layout, indices, counts)
     errors = check_rows(case, inputs, indices, counts)
     clock = cuda_clock() if device == "cuda" else wall_clock
-    functions = _functions(case, attend, inputs)
+    functions: Timed = {SPARSE: _timed(case, attend, inputs)}
     notes: dict[str, Any] = {}
     dense = _dense(case, inputs, clock)
     if isinstance(dense, Dense):
-        functions |= {DENSE: _functions(case, dense, inputs)[SPARSE]}
+        functions[DENSE] = _timed(case, dense, inputs)
         notes[DENSE] = {"milliseconds": dense.milliseconds, "not run": dense.errors}
     else:
         notes[DENSE] = dense
@@ -197,16 +207,18 @@ def cuda_clock() -> Clock:
     return clock
 
 
-def _functions(case: SpeedCase, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]) -> Timed:
+def _timed(
+    case: SpeedCase, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[], Any]:
     """What is timed of an implementation: its forward without gradients, or its backward alone."""
     if case.direction == "backward":
-        return {SPARSE: gradient_call(attend, inputs, torch.randn_like(inputs[0]))}
+        return gradient_call(attend, inputs, torch.randn_like(inputs[0]))
 
     def forward() -> None:
         with torch.no_grad():
             attend(*inputs)
 
-    return {SPARSE: forward}
+    return forward
 
 
 def _dense(case: SpeedCase, inputs: tuple[Tensor, Tensor, Tensor], clock: Clock) -> Dense | str:
@@ -229,7 +241,7 @@ def _flex(
     moved = tuple(order.move(each).contiguous() for each in inputs)
     try:
         attend = flex_attend(order, indices, counts, compiled=compiled)
-        function = _functions(case, attend, (moved[0], moved[1], moved[2]))[SPARSE]
+        function = _timed(case, attend, (moved[0], moved[1], moved[2]))
     except _PEER_ERRORS as error:
         return {}, first_line(error)
     return {FLEX: function}, note

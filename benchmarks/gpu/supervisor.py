@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.gpu.record import OUT_OF_TIME
 from benchmarks.gpu.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CASE_SECONDS = 120.0
+CASE_SECONDS = 150.0
 """After this time a case counts as hanging, the first one of a process included."""
 
 _POLL_SECONDS = 0.05
@@ -78,16 +79,17 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process and everything it started."""
-        if self.process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
-    def lost_case(self, reason: str) -> dict[str, Any]:
-        """Give up the case at work, or the next one if none was begun; returns its result."""
-        name = self.running or self.job.names[0]
-        self.job.names.remove(name)
+    def lost_cases(self, reason: str) -> list[dict[str, Any]]:
+        """Give up the case at work, or all if none could be begun; returns their results."""
+        lost = [self.running] if self.running else [] if self.read else list(self.job.names)
+        self.job.names = [name for name in self.job.names if name not in lost]
         end = self.log.read_text(errors="replace")[-_LOG_CHARACTERS:].strip()
-        return {"case": name, "status": FAILED, "message": f"{end}\n{reason}".strip()}
+        message = f"{end}\n{reason}".strip()
+        return [{"case": name, "status": FAILED, "message": message} for name in lost]
 
 
 def supervise(
@@ -161,10 +163,10 @@ def _watch(worker: _Worker, on_result: OnResult, case_seconds: float) -> bool:
         on_result(worker.job.section, result)
     if status is None and time.time() - worker.since < case_seconds:
         return False
-    section = worker.job.section
+    worker.kill()
+    reason = f"the process died with status {status}"
     if status is None:
-        worker.kill()
-        on_result(section, worker.lost_case(f"stopped after {case_seconds:.0f} s without an end"))
-    elif worker.job.names and (worker.running is not None or worker.read == 0):
-        on_result(section, worker.lost_case(f"the process died with status {status}"))
+        reason = f"stopped after {case_seconds:.0f} s without an end"
+    for result in worker.lost_cases(reason):
+        on_result(worker.job.section, result)
     return True
