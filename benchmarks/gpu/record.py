@@ -84,8 +84,11 @@ def summary(data: dict[str, Any]) -> str:
     measured = [case for case in cases if case.get("milliseconds")]
     if measured:
         lines += ["", *_table([_HEADER, *map(_row, measured)])]
-    moves = [case["moving_tokens"] for case in measured if case.get("moving_tokens")]
-    lines += [f"  moving tokens: {_numbers(move)}" for move in moves]
+    lines += [
+        f"  moving tokens, ms, {case['case']}: {_numbers(case['moving_tokens'])}"
+        for case in measured
+        if case.get("moving_tokens")
+    ]
     return "\n".join(lines)
 
 
@@ -114,11 +117,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def _numbers(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {_number(value) if isinstance(value, int | float) else value}"
-        for name, value in values.items()
-    )
+def _numbers(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in values.items())
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
