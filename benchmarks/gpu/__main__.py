@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SHARE_OF_CHECKS = 0.55
 """Checks may take this part of the time; benchmarks get what is left."""
 
-CHECKING_PROCESSES = 6
+CHECKING_PROCESSES = 10
 """Processes that check at the same time; benchmarks run alone."""
 
 
@@ -97,7 +97,7 @@ def _sections(
             run_cases(section, names[section], settings, emit)
         return
     cores = os.cpu_count() or 1
-    parallel = 1 if options.device == "cpu" else max(1, min(CHECKING_PROCESSES, cores // 2))
+    parallel = 1 if options.device == "cpu" else max(1, min(CHECKING_PROCESSES, cores * 2 // 3))
     jobs = []
     for section in sections:
         shards = max(1, parallel - 2) if section == "correctness" else 1
