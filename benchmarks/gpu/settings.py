@@ -23,7 +23,7 @@ class Settings:
     Args:
         device: "cuda" or "cpu".
         quick: Tiny sizes and few cases, to test the harness itself.
-        deadline: Time (as of `time.time`) after which no benchmark starts.
+        deadline: Time (as of `time.time`) after which no case starts; those at work are stopped.
     """
 
     device: str
