@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.environment import environment
+from benchmarks.gpu.record import NOT_RUN
 from benchmarks.gpu.record import SPEED
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.record import summary
@@ -123,6 +124,8 @@ def _facts(facts: dict[str, Any]) -> str:
 
 
 def _line(section: str, result: dict[str, Any]) -> str:
+    if result["status"] == NOT_RUN:
+        return f"{section}: {result['case']}: {result['message']}"
     parts = [f"{section}: {result['case']}: {result['status']}"]
     if "seconds" in result:
         parts.append(f"({result['seconds']} s)")
