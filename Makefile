@@ -1,9 +1,11 @@
-# Needs Python 3.10 or newer with pip and venv; everything else is installed into $(VENV).
+# Needs Python 3.10 or newer with pip and venv; everything else is installed into $(VENV). Only gpu-check
+# installs nothing: it runs with the torch and triton that $(PYTHON) has.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PIP_ARGS ?=
+OUT ?= benchmarks/results
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -77,6 +79,10 @@ format: $(DEV) ## rewrite what ruff can fix by itself
 .PHONY: bench
 bench: $(LIGHT) ## run the benchmarks and record their results
 	@$(PY) -m benchmarks $(ARGS)
+
+.PHONY: gpu-check
+gpu-check: ## check and measure the GPU kernels; OUT=folder for the record
+	@$(PYTHON) -m benchmarks.gpu --output '$(OUT)' $(ARGS)
 
 .PHONY: clean
 clean: ## remove caches and build products; keeps the virtual environment

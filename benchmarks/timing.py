@@ -16,29 +16,40 @@ import torch
 WARM_UP_SECONDS = 3.0
 
 
+def wall_clock(function: Callable[[], Any]) -> float:
+    """Return the seconds one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def interleaved_medians(
-    functions: Mapping[str, Callable[[], Any]], rounds: int
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    clock: Callable[[Callable[[], Any]], float] = wall_clock,
+    warm_up_seconds: float = WARM_UP_SECONDS,
 ) -> dict[str, float]:
     """Time functions in turns, so that a noisy moment hits all of them.
 
     Args:
-        functions: What to time, by name; all are called for some seconds before timing, as memory
-            and clock take that long to settle.
+        functions: What to time, by name.
         rounds: How often each is timed.
+        clock: Returns the seconds one call takes.
+        warm_up_seconds: How long all are called in turns before timing, as memory and clock take
+            some seconds to settle; 0 for not at all.
 
     Returns:
         Median seconds by name.
     """
     start = time.perf_counter()
-    while time.perf_counter() - start < WARM_UP_SECONDS:
+    while time.perf_counter() - start < warm_up_seconds:
         for function in functions.values():
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(function))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

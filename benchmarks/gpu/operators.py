@@ -1,0 +1,112 @@
+"""The registered ops under `opcheck`, and `cs.attention` beside `cs.reference.attention`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import compiled_sparse as cs
+from benchmarks.gpu.reference import GRADIENTS
+from benchmarks.gpu.reference import Problem
+from benchmarks.gpu.reference import check_errors
+from benchmarks.gpu.reference import plain
+from benchmarks.gpu.settings import CaseFunction
+from benchmarks.gpu.settings import Settings
+from compiled_sparse.reference.attention import token_mask
+
+TILE, WINDOW = (4, 4, 4), (1, 3, 1)
+GRID, QUICK_GRID = (5, 9, 10), (3, 9, 5)
+TEXT = cs.Text(before=7, after=77)
+LOW, FULL = torch.bfloat16, torch.float32
+
+Grid = tuple[int, int, int]
+
+
+def cases(settings: Settings) -> dict[str, CaseFunction]:
+    """Return the checks of this section by name."""
+    device = torch.device(settings.device)
+    grid = QUICK_GRID if settings.quick else GRID
+    functions: dict[str, CaseFunction] = {
+        "opcheck block_sparse_attention_backward": functools.partial(
+            _opcheck_backward, grid, device
+        )
+    }
+    for masked in (True,) if settings.quick else (True, False):
+        suffix = ", key mask" if masked else ""
+        for name in ("block_sparse_attention", "sta"):
+            check = functools.partial(_opcheck, name, grid, masked, device)
+            functions[f"opcheck {name}{suffix}"] = check
+        for dtype in (LOW, FULL):
+            name = f"STA {str(dtype).removeprefix('torch.')}{suffix}"
+            functions[name] = functools.partial(_sta, grid, dtype, masked, device)
+    return functions
+
+
+def _inputs(grid: Grid, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    length = torch.Size(grid).numel() + TEXT.before + TEXT.after
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2, 2, length, head_dim)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3)]
+
+
+def _key_mask(length: int, device: torch.device) -> Tensor:
+    valid = torch.ones(2, length, dtype=torch.bool, device=device)
+    valid[1, -40:] = False
+    return valid
+
+
+def _arguments(grid: Grid, masked: bool, device: torch.device) -> tuple[Any, ...]:
+    """Return the positional arguments of the kernel op; q, k and v require gradients."""
+    q, k, v = (each.requires_grad_() for each in _inputs(grid, device, LOW, 32))
+    text = (TEXT.before, TEXT.after)
+    lists = torch.ops.compiled_sparse.sta_block_lists(grid, TILE, WINDOW, *text, device)
+    mask = _key_mask(q.shape[2], device) if masked else None
+    return q, k, v, *lists, mask, grid, TILE, TILE, *text, None
+
+
+def _opcheck(name: str, grid: Grid, masked: bool, device: torch.device) -> dict[str, Any]:
+    q, k, v, _, _, mask, *_, before, after, scale = arguments = _arguments(grid, masked, device)
+    if name == "sta":
+        arguments = (q, k, v, mask, grid, TILE, WINDOW, before, after, scale)
+    operator = getattr(torch.ops.compiled_sparse, name).default
+    return {"opcheck": torch.library.opcheck(operator, arguments)}
+
+
+def _opcheck_backward(grid: Grid, device: torch.device) -> dict[str, Any]:
+    q, k, v, *rest = _arguments(grid, True, device)
+    tensors = tuple(each.detach() for each in (q, k, v))
+    out, lse = torch.ops.compiled_sparse.block_sparse_attention(*tensors, *rest)
+    operator = torch.ops.compiled_sparse.block_sparse_attention_backward.default
+    gradients = (torch.randn_like(out), torch.randn_like(lse))
+    arguments = (*gradients, *tensors, out, lse, *rest)
+    return {"opcheck": torch.library.opcheck(operator, arguments)}
+
+
+def _sta(grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
+    """Compare sliding tile attention, and its gradients, with its reference in float64."""
+    inputs = _inputs(grid, device, dtype, 64)
+    length = inputs[0].shape[2]
+    mask = _key_mask(length, device) if masked else None
+    weight = torch.randn_like(inputs[0])
+    config = cs.STA(window_thw=WINDOW, tile_thw=TILE)
+
+    def run(attention: Any, compute: torch.dtype) -> dict[str, Tensor]:
+        leaves = [each.to(compute, copy=True).requires_grad_() for each in inputs]
+        keywords = {"grid_thw": grid, "text": TEXT, "key_mask": mask, "return_lse": True}
+        out, lse = attention(*leaves, config, **keywords)
+        gradients = torch.autograd.grad(out, leaves, weight.to(compute))
+        named = dict(zip(GRADIENTS, gradients, strict=True))
+        return {"out": out.detach(), "lse": lse.detach(), **named}
+
+    visible = token_mask(config, slice(None), length, length, grid, TEXT, device)
+    if mask is not None:
+        visible = visible & mask[:, None, None, :]
+    no_gradient = torch.zeros(weight.shape[:-1], device=device)
+    scale = float(weight.shape[-1]) ** -0.5
+    problem = Problem(*inputs, visible, weight, no_gradient, scale)
+    truth = run(cs.reference.attention, torch.float64)
+    errors = check_errors(run(cs.attention, dtype), truth, list(plain(problem)))
+    return {"errors_over_plain": {name: round(ratio, 3) for name, ratio in errors.items()}}
