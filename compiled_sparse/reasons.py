@@ -34,7 +34,8 @@ REASONS: dict[str, str] = {
     "forward_only": "The mechanism has no backward. Use torch.no_grad(), or name another one.",
     "dtype_unsupported": "The dtype has no kernel. Use float32, bfloat16, float16 or float64.",
     "head_dim_unsupported": "The head size has no kernel.",
-    "device_unsupported": "No kernel for this device in this release. CPU only, for now.",
+    "device_unsupported": "No kernel for this device, or automatic mode on a GPU, where kernels "
+    "are not verified yet. Name a mechanism.",
     "rank_unsupported": "Attention tensors are not [batch, heads, length, head_dim].",
     "broadcast_unsupported": "Keys or values are broadcast over the batch or over query heads. "
     "Expand them, or repeat the heads.",

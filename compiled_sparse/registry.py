@@ -49,6 +49,7 @@ class Capabilities:
     Args:
         dtypes: Accepted dtypes of queries, keys and values.
         max_head_dim: Largest head size.
+        gpu_max_head_dim: Largest head size on GPUs; None means the same.
         devices: Accepted device types.
         num_axes: Accepted numbers of grid axes.
         forward_only: Whether there is no backward.
@@ -58,11 +59,17 @@ class Capabilities:
 
     dtypes: frozenset[torch.dtype]
     max_head_dim: int
+    gpu_max_head_dim: int | None = None
     devices: frozenset[str] = frozenset({"cpu"})
     num_axes: frozenset[int] = frozenset({1, 2, 3})
     forward_only: bool = False
     causal: bool = False
     key_mask: bool = True
+
+    def head_dim_limit(self, device: str) -> int:
+        """Return the largest head size on a device type."""
+        gpu = self.gpu_max_head_dim
+        return self.max_head_dim if device == "cpu" or gpu is None else gpu
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Pure functions of plain facts; the same ones serve the pass and the reports.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -204,9 +205,14 @@ def scheduled_dense(
 
 
 def capabilities_of(config: MechanismConfig) -> Capabilities:
-    """Return what tensors a config's mechanism takes; for `Dense` and the like, the kernel's."""
+    """Return what tensors a config's mechanism takes; for `Dense` and the like, the kernel's.
+
+    Automatic mode stays off GPUs: there is no record yet that the kernels were right on one, and
+    dense attention is verified there.
+    """
     if isinstance(config, Auto):
-        return registry.automatic().capabilities
+        capabilities = registry.automatic().capabilities
+        return dataclasses.replace(capabilities, devices=capabilities.devices - {"cuda"})
     mechanism = registry.mechanism_of(config)
     return KERNEL_CAPABILITIES if mechanism is None else mechanism.capabilities
 
@@ -238,7 +244,8 @@ def call_supported(
     """Return what a mechanism cannot take about a call, if there is something."""
     if call.dtype not in capabilities.dtypes:
         return Refused("dtype_unsupported", str(call.dtype))
-    known = isinstance(call.head_dim, int) and call.head_dim <= capabilities.max_head_dim
+    limit = capabilities.head_dim_limit(call.device)
+    known = isinstance(call.head_dim, int) and call.head_dim <= limit
     if not known or call.value_dim != call.head_dim:
         sizes = f"{call.head_dim} for queries, {call.value_dim} for values"
         return Refused("head_dim_unsupported", sizes)

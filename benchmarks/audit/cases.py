@@ -71,8 +71,7 @@ def all_cases() -> list[Case]:
         for tile in BOX_TILES
     ]
     boxes.append(replace(plain, name="boxes, text", boxes=True, text=77))
-    float64 = replace(plain, name="float64", dtype=torch.float64)
-    return [*sizes, *features, *float32, float64, *boxes]
+    return [*sizes, *features, *float32, *boxes]
 
 
 def launches(case: Case) -> Iterator[Callable[[], None]]:

@@ -26,13 +26,11 @@ from benchmarks.audit.offline import compiling_for
 from benchmarks.audit.switches import switches
 from compiled_sparse.kernels import tuning
 from compiled_sparse.kernels.candidates import HEAD_DIMS
-from compiled_sparse.kernels.candidates import ITEM_BYTES
 from compiled_sparse.kernels.candidates import OWN_ROWS
 from compiled_sparse.kernels.candidates import candidates
 from compiled_sparse.kernels.tuning import Tile
 
 SOURCE = "chosen offline: the first tile without spills that fits the chip; not measured"
-_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _TILES = {64: ((4, 4, 4), (3, 5, 4)), 128: ((2, 8, 8), (5, 5, 5))}
 
 
@@ -43,41 +41,41 @@ def choose_tiles(chip: str) -> dict[str, dict[str, list[Any]]]:
         if kernel == "forward_boxes" and chip not in tuning.BULK_COPY_CHIPS:
             continue
         tiles[kernel] = {
-            f"{item_bytes}:{head_dim}:{own}": list(_first(chip, kernel, item_bytes, head_dim, own))
-            for item_bytes in ((2,) if kernel == "forward_boxes" else ITEM_BYTES)
+            f"{kind}:{head_dim}:{own}": list(_first(chip, kernel, kind, head_dim, own))
+            for kind in (("half",) if kernel == "forward_boxes" else tuning.KINDS)
             for head_dim in HEAD_DIMS
             for own in OWN_ROWS
         }
     return tiles
 
 
-def _first(chip: str, kernel: str, item_bytes: int, head_dim: int, own: int) -> Tile:
-    for tile in candidates(kernel, item_bytes, head_dim, own):
-        cases = _hardest_cases(kernel, item_bytes, head_dim, own)
+def _first(chip: str, kernel: str, kind: str, head_dim: int, own: int) -> Tile:
+    for tile in candidates(kernel, kind, head_dim, own):
+        cases = _hardest_cases(kernel, kind, head_dim, own)
         if not any(_violations(chip, kernel, case, tile) for case in cases):
-            print(chip, kernel, f"{item_bytes}:{head_dim}:{own}", *tile, flush=True)
+            print(chip, kernel, f"{kind}:{head_dim}:{own}", *tile, flush=True)
             return tile
-    raise RuntimeError(f"no tile for {kernel} {item_bytes}:{head_dim}:{own} on {chip}")
+    raise RuntimeError(f"no tile for {kernel} {kind}:{head_dim}:{own} on {chip}")
 
 
-def _hardest_cases(kernel: str, item_bytes: int, head_dim: int, own: int) -> Iterator[Case]:
+def _hardest_cases(kernel: str, kind: str, head_dim: int, own: int) -> Iterator[Case]:
     """The features that take most registers, together."""
     boxes = kernel == "forward_boxes"
-    hard = Case("", _DTYPES[item_bytes], head_dim, text=77, masked=not boxes, groups=2, boxes=boxes)
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    hard = Case("", dtype, head_dim, text=77, masked=not boxes, groups=2, boxes=boxes)
     for tile in _TILES[own][:1] if boxes else _TILES[own]:
-        for precision in ("ieee", "tf32") if item_bytes == 4 else ("ieee",):
-            yield replace(hard, tile=tile, precision=precision)
+        yield replace(hard, tile=tile, precision="tf32" if kind == "tf32" else "ieee")
 
 
 def _violations(chip: str, kernel: str, case: Case, tile: Tile) -> list[str]:
-    chosen, tuning.choose = tuning.choose, lambda *_: tile
     forward, backward = launches(case)
     only = f"attention_{kernel}"
-    try:
-        with compiling_for(chip, only) as compiled, switches(case.precision, case.boxes):
-            (forward if kernel.startswith("forward") else backward)()
-    finally:
-        tuning.choose = chosen
+    with (
+        compiling_for(chip, only) as compiled,
+        switches(case.precision, case.boxes),
+        tuning.demanding(kernel, tile),
+    ):
+        (forward if kernel.startswith("forward") else backward)()
     (made,) = compiled
     if made.error is not None:
         return [made.error]

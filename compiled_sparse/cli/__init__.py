@@ -1,4 +1,4 @@
-"""The command line: `compiled-sparse demo`, `compiled-sparse plot`.
+"""The command line: `compiled-sparse bench`, `demo` and `plot`.
 
 Exit status 0 means that everything asked for happened, 1 that a check failed, 2 that the request
 could not be carried out.
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from compiled_sparse.cli import bench
 from compiled_sparse.cli import demo
 from compiled_sparse.cli import plot
 from compiled_sparse.errors import CompiledSparseError
@@ -46,6 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"compiled_sparse {metadata.version('compiled-sparse')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, plot):
+    for command in (bench, demo, plot):
         command.add_parser(commands)
     return parser

@@ -92,9 +92,9 @@ def block_sparse_forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """
     chip = tuning.current_chip()
     if tuning.wants_boxes(chip) and takes_boxes(call, chip):
-        _forward_boxes(call, out, lse)
+        forward_boxes(call, out, lse)
     else:
-        _forward_rows(call, out, lse)
+        forward_rows(call, out, lse)
 
 
 def block_sparse_backward(
@@ -118,11 +118,12 @@ def block_sparse_backward(
     grad_q, grad_k, grad_v = gradients
     delta = torch.empty_like(lse)
     _row_sums(call, grad_out, grad_lse, out, lse, delta)
-    _query_gradient(call, grad_out, lse, delta, grad_q)
-    _key_gradients(call, grad_out, lse, delta, grad_k, grad_v)
+    query_gradient(call, grad_out, lse, delta, grad_q)
+    key_gradients(call, grad_out, lse, delta, grad_k, grad_v)
 
 
-def _forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
+def forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
+    """The forward whose programs compute the address of every row; arguments as above."""
     tile = _choose("forward", call, call.geometry.q_tile, call.geometry.k_tile)
     order = heavy_first(call.counts, call.indices.shape[-1])
     batch, heads = call.q.shape[:2]
@@ -142,7 +143,8 @@ def _forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     )
 
 
-def _forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
+def forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
+    """The forward that lets the bulk copy engine fetch tiles, where `takes_boxes` says it can."""
     geometry = call.geometry
     tile = _choose("forward_boxes", call, geometry.q_tile, geometry.k_tile)
     box = box_of(geometry.k_tile, tile.other)
@@ -197,9 +199,10 @@ def _row_sums(
     launch.run(row_sums, programs, arguments, constants)
 
 
-def _query_gradient(
+def query_gradient(
     call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor
 ) -> None:
+    """Write the gradient of the queries; `delta` is what `row_sums` computes."""
     tile = _choose("backward_queries", call, call.geometry.q_tile, call.geometry.k_tile)
     order = heavy_first(call.counts, call.indices.shape[-1])
     batch, heads = call.q.shape[:2]
@@ -220,9 +223,10 @@ def _query_gradient(
     )
 
 
-def _key_gradients(
+def key_gradients(
     call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> None:
+    """Write the gradients of keys and values; `delta` is what `row_sums` computes."""
     tile = _choose("backward_keys", call, call.geometry.k_tile, call.geometry.q_tile)
     entries, starts = transpose_lists(call.indices, call.counts, call.geometry.k_blocks)
     batch, heads = call.k.shape[:2]
@@ -252,10 +256,15 @@ def _key_gradients(
 
 
 def _choose(kernel: str, call: Call, own: Sides, other: Sides) -> Tile:
-    item_bytes = call.q.element_size()
-    head_dim = call.q.shape[-1]
     sizes = math.prod(own), math.prod(other)
-    return tuning.choose(kernel, tuning.current_chip(), item_bytes, head_dim, *sizes)
+    chip = tuning.current_chip()
+    return tuning.choose(kernel, chip, _kind(call.q.dtype), call.q.shape[-1], *sizes)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.itemsize == 2:
+        return "half"
+    return "tf32" if _precision(dtype) == "tf32" else "float32"
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

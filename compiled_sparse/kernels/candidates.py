@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from compiled_sparse.kernels.tuning import Tile
 
 HEAD_DIMS = (64, 128, 256)
-ITEM_BYTES = (2, 4, 8)
 OWN_ROWS = (64, 128)
 
 
-def candidates(kernel: str, item_bytes: int, head_dim: int, own: int) -> Iterator[Tile]:
+def candidates(kernel: str, kind: str, head_dim: int, own: int) -> Iterator[Tile]:
     """Yield tiles for one entry of the table.
 
     Wide steps and deep pipelines come first; what a chip has no room for is left out by whoever
@@ -19,24 +18,27 @@ def candidates(kernel: str, item_bytes: int, head_dim: int, own: int) -> Iterato
 
     Args:
         kernel: One of `tuning.KERNELS`.
-        item_bytes: Bytes per element of q, k and v.
+        kind: One of `tuning.KINDS`.
         head_dim: Padded head size, one of `HEAD_DIMS`.
         own: Rows of the blocks that programs belong to, one of `OWN_ROWS`.
     """
-    if item_bytes == 8:
-        yield from (Tile(rows, 16, 4, 1) for rows in (32, 16))
+    if kind != "half":
+        # Without matrix instructions a product is unrolled and keeps whole rows in registers.
+        sizes = ((64, 32), (32, 32), (32, 16), (16, 16)) if kind == "tf32" else ((16, 16),)
+        yield from (
+            Tile(*size, warps, stages) for size in sizes for stages in (2, 1) for warps in (4, 8)
+        )
         return
-    most = own if item_bytes == 2 else min(own, 64)
-    for rows in dict.fromkeys((most, 64, 32)):
-        yield from _with_rows(kernel, item_bytes, head_dim, rows)
-    if item_bytes == 2 and head_dim <= 128:
+    for rows in dict.fromkeys((own, 64, 32)):
+        yield from _with_rows(kernel, head_dim, rows)
+    if kernel != "forward_boxes" and head_dim <= 128:
         yield from (Tile(own, 128, warps, stages, True) for warps in (4, 8) for stages in (2, 1))
 
 
-def _with_rows(kernel: str, item_bytes: int, head_dim: int, rows: int) -> Iterator[Tile]:
+def _with_rows(kernel: str, head_dim: int, rows: int) -> Iterator[Tile]:
     few = 4 if rows * head_dim <= 64 * 128 else 8
     # The backward keeps two more tiles of scores in registers.
-    crowded = kernel != "forward" or item_bytes == 4
+    depths = (3, 2, 1) if kernel.startswith("forward") else (2, 1)
     for other in (64, 32, 16):
-        for stages in (2, 1) if crowded else (3, 2, 1):
+        for stages in depths:
             yield from (Tile(rows, other, warps, stages) for warps in dict.fromkeys((few, 8)))

@@ -10,6 +10,8 @@ import functools
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from typing import Final
@@ -20,8 +22,10 @@ import triton
 TABLE_VARIABLE: Final = "COMPILED_SPARSE_TUNING"
 SHIPPED: Final = Path(__file__).with_name("tuning.json")
 KERNELS: Final = ("forward", "forward_boxes", "backward_queries", "backward_keys")
-CHIPS: Final = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+KINDS: Final = ("half", "float32", "tf32")
+"""How products are made: of two-byte elements, of float32, of float32 rounded on the way."""
 
+CHIPS: Final = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 BULK_COPY_CHIPS: Final = ("sm_90", "sm_100", "sm_120")
 BOXES_VARIABLE: Final = "COMPILED_SPARSE_GPU_BOXES"
 
@@ -83,28 +87,43 @@ def wants_boxes(chip: str) -> bool:
 
 
 def choose(
-    kernel: str, chip: str, item_bytes: int, head_dim: int, own_size: int, other_size: int
+    kernel: str, chip: str, kind: str, head_dim: int, own_size: int, other_size: int
 ) -> Tile:
     """Return the tile of a kernel for blocks of given sizes.
 
     Args:
         kernel: One of `KERNELS`.
         chip: One of `CHIPS`.
-        item_bytes: Bytes per element of q, k and v.
+        kind: One of `KINDS`.
         head_dim: Head size.
         own_size: Slots of the blocks that programs belong to.
         other_size: Slots of the blocks in their lists.
     """
+    if kernel in _demanded:
+        return _demanded[kernel]
     width = max(64, triton.next_power_of_2(head_dim))
     entries = table()[chip][kernel]
-    large = entries[f"{item_bytes}:{width}:128"]
-    small = entries[f"{item_bytes}:{width}:64"]
+    large = entries[f"{kind}:{width}:128"]
+    small = entries[f"{kind}:{width}:64"]
     own = chunk_rows(own_size, large.own)
     entry = large if own > small.own else small
     own = min(own, entry.own)
     if entry.joined and chunk_rows(other_size, entry.other // 2) >= other_size:
         return entry._replace(own=own)
     return entry._replace(own=own, other=chunk_rows(other_size, entry.other), joined=False)
+
+
+@contextmanager
+def demanding(kernel: str, tile: Tile) -> Iterator[None]:
+    """Let a kernel use one tile inside the block, whatever the table says; for all threads."""
+    _demanded[kernel] = tile
+    try:
+        yield
+    finally:
+        del _demanded[kernel]
+
+
+_demanded: dict[str, Tile] = {}
 
 
 @functools.cache
@@ -121,7 +140,7 @@ def _document() -> dict[str, Any]:
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Tile]]]:
-    """Return the tiles by chip, kernel and `bytes:head size:rows of the block`."""
+    """Return the tiles by chip, kernel and `kind:head size:rows of the block`."""
     return {
         chip: {
             kernel: {key: Tile(*values) for key, values in tiles.items()}

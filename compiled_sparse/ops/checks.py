@@ -15,13 +15,19 @@ from compiled_sparse.errors import DtypeError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.ops import gpu
 from compiled_sparse.registry import Capabilities
 
 CHECK_LISTS_VARIABLE: Final = "COMPILED_SPARSE_CHECK_LISTS"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 512
 
-KERNEL_CAPABILITIES = Capabilities(dtypes=frozenset(SUPPORTED_DTYPES), max_head_dim=MAX_HEAD_DIM)
+KERNEL_CAPABILITIES = Capabilities(
+    dtypes=frozenset(SUPPORTED_DTYPES),
+    max_head_dim=MAX_HEAD_DIM,
+    gpu_max_head_dim=gpu.MAX_HEAD_DIM,
+    devices=frozenset({"cpu", "cuda"}),
+)
 """What every mechanism built on `block_sparse_attention` takes."""
 
 

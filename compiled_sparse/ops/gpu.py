@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from compiled_sparse.errors import DtypeError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import MAX_GRID_AXES
 from compiled_sparse.layout import BlockLayout
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from compiled_sparse.kernels.attention import Call
 
 MAX_HEAD_DIM: Final = 256
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take on a GPU. Under the interpreter they take float64 too, for gradcheck."""
 
 
 def block_sparse_forward(
@@ -32,12 +35,12 @@ def block_sparse_forward(
 ) -> None:
     """Attend from every query block to its listed key blocks.
 
-    Products take operands of the dtype of the inputs and sum in float32 (float64 for float64);
-    those of float32 follow `torch.backends.cuda.matmul.fp32_precision`. A query without a visible
-    key gives zeros and a log-sum-exp of -inf; values at masked keys never matter, even NaN.
+    Products take operands of the dtype of the inputs and sum in float32; those of float32 follow
+    `torch.backends.cuda.matmul.fp32_precision`. A query without a visible key gives zeros and a
+    log-sum-exp of -inf; values at masked keys never matter, even NaN.
 
     Args:
-        q: [B, Hq, Lq, D] of any strides; float32, float64, bfloat16 or float16.
+        q: [B, Hq, Lq, D] of any strides; float32, bfloat16 or float16.
         k: [B, Hk, Lk, D] of q's dtype; Hq is a multiple of Hk.
         v: like `k`.
         block_indices: int32 [B or 1, Hq or 1, Nq, K], key blocks of each query block without
@@ -52,6 +55,7 @@ def block_sparse_forward(
 
     Raises:
         ShapeError: if the head size has no kernel.
+        DtypeError: if the dtype has none.
     """
     from compiled_sparse.kernels import attention
 
@@ -100,6 +104,7 @@ def block_sparse_backward(
 
     Raises:
         ShapeError: as in the forward.
+        DtypeError: as in the forward.
     """
     from compiled_sparse.kernels import attention
 
@@ -151,6 +156,13 @@ def _call(
 
 
 def _check(q: Tensor) -> None:
+    if q.is_cuda and q.dtype not in DTYPES:
+        raise DtypeError(
+            "the GPU kernels do not take this dtype",
+            got=str(q.dtype),
+            expected="one of " + ", ".join(map(str, DTYPES)),
+            next_step="cast q, k and v, or run these calls on the CPU",
+        )
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ShapeError(
             "the GPU kernels do not take this head size",

@@ -49,7 +49,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def cut(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
     """Let every kernel use one tile."""
-    monkeypatch.setattr(tuning, "choose", lambda *_: tile)
+    for kernel in tuning.KERNELS:
+        monkeypatch.setitem(tuning._demanded, kernel, tile)
 
 
 def check(

@@ -16,7 +16,6 @@ import compiled_sparse as cs
 from compiled_sparse import errors
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
-from compiled_sparse.ops import block_sparse
 
 MODULES = ("ops/attention", "ops/checks", "ops/block_sparse", "reference/attention")
 GRID = (2, 3, 2)
@@ -171,14 +170,6 @@ CASES = {
         "0 to 11",
         "the lists were made for",
         lambda: call(block_indices=INDICES + 1),
-    ),
-    "no kernel": Case(
-        errors.DeviceError,
-        "no GPU kernel",
-        "CUDA tensors",
-        "CPU tensors",
-        "policy 'dense'",
-        lambda: block_sparse._no_cuda(Q),
     ),
     "second derivative": Case(
         errors.DoubleBackwardError,
