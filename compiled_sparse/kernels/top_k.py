@@ -15,6 +15,7 @@ from compiled_sparse.kernels import launch
 
 _MAX_SIZE = 8192
 _SIZE_PER_WARP = 1024
+_STEP_PER_WARP = 256
 _INFINITY = {
     torch.float16: 0x7C00,
     torch.bfloat16: 0x7F80,
@@ -84,11 +85,13 @@ def list_top_k(
     INFINITY: tl.constexpr,
     SIZE: tl.constexpr,
     HELD: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Write which k of the `columns` scores of a row are highest, and k.
 
     k is `width`, or the integer at `limit` brought into 1 to `width`. `SIZE` scores are taken at a
-    time; where that is a whole row, it is `HELD` while the k-th highest is searched.
+    time; where that is a whole row, it is `HELD` while the k-th highest is searched. What is found
+    is written `STEP` columns at a time, which takes fewer registers.
     """
     SMALLEST: tl.constexpr = -(2 ** (BITS - 1))
     program = tl.program_id(0).to(tl.int64)
@@ -109,8 +112,8 @@ def list_top_k(
     above = threshold + 1
     ties = k - count_reaching(above, row, columns, keys, KEY, BITS, INFINITY, SIZE, HELD)
     place = 0
-    for start in range(0, columns, SIZE):
-        keys = load_keys(row, start, columns, KEY, BITS, INFINITY, SIZE)
+    for start in range(0, columns, STEP):
+        keys = load_keys(row, start, columns, KEY, BITS, INFINITY, STEP)
         higher = (keys > threshold).to(tl.int32)
         equal = (keys == threshold).to(tl.int32)
         # One scan counts both: neither exceeds 16 bits.
@@ -118,7 +121,7 @@ def list_top_k(
         ties_before = tl.minimum(before >> 16, ties)
         chosen = (higher > 0) | ((equal > 0) & ((before >> 16) < ties))
         target = indices + program * width + place + (before & 65535) + ties_before
-        tl.store(target, start + tl.arange(0, SIZE), mask=chosen)
+        tl.store(target, start + tl.arange(0, STEP), mask=chosen)
         place += tl.sum(chosen.to(tl.int32), 0)
         ties -= tl.minimum(tl.sum(equal, 0), ties)
     tl.store(counts + program, k)
@@ -135,6 +138,7 @@ def top_k_blocks(scores: Tensor, limit: Tensor | None, indices: Tensor, counts: 
     """
     columns, width = scores.shape[-1], indices.shape[-1]
     size = min(_MAX_SIZE, max(16, triton.next_power_of_2(columns)))
+    warps = max(1, size // _SIZE_PER_WARP)
     item = scores.element_size()
     constants = {
         "KEY": tl.int64 if item == 8 else tl.int32,
@@ -142,11 +146,12 @@ def top_k_blocks(scores: Tensor, limit: Tensor | None, indices: Tensor, counts: 
         "INFINITY": _INFINITY[scores.dtype],
         "SIZE": size,
         "HELD": columns <= size,
+        "STEP": min(size, _STEP_PER_WARP * warps),
     }
     launch.run(
         list_top_k,
         counts.numel(),
         (scores.view(_BITS[item]), limit, indices, counts, columns, width),
         constants,
-        warps=max(1, size // _SIZE_PER_WARP),
+        warps=warps,
     )
