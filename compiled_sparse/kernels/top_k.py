@@ -113,13 +113,14 @@ def list_top_k(
     ties = k - count_reaching(above, row, columns, keys, KEY, BITS, INFINITY, SIZE, HELD)
     place = 0
     for start in range(0, columns, STEP):
-        keys = load_keys(row, start, columns, KEY, BITS, INFINITY, STEP)
-        higher = (keys > threshold).to(tl.int32)
-        equal = (keys == threshold).to(tl.int32)
+        some = load_keys(row, start, columns, KEY, BITS, INFINITY, STEP)
+        more = (some > threshold).to(tl.int32)
+        equal = (some == threshold).to(tl.int32)
         # One scan counts both: neither exceeds 16 bits.
-        before = tl.cumsum(higher + equal * 65536, 0) - higher - equal * 65536
+        both = more + equal * 65536
+        before = tl.cumsum(both, 0) - both
         ties_before = tl.minimum(before >> 16, ties)
-        chosen = (higher > 0) | ((equal > 0) & ((before >> 16) < ties))
+        chosen = (more > 0) | ((equal > 0) & ((before >> 16) < ties))
         target = indices + program * width + place + (before & 65535) + ties_before
         tl.store(target, start + tl.arange(0, STEP), mask=chosen)
         place += tl.sum(chosen.to(tl.int32), 0)

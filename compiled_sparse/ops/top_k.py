@@ -143,28 +143,42 @@ def _check_sizes(scores: Tensor, max_k: int) -> None:
 def _cpu(scores: Tensor, width: int, k: Tensor | None) -> tuple[Tensor, Tensor]:
     count = width if k is None else max(1, min(int(k), width))
     rows = scores.flatten(0, 2)
-    values, found = rows.topk(count, dim=-1, sorted=False)
-    threshold = values.amin(-1, keepdim=True)
-    # topk is exact unless scores tie for the last place, or are NaN, which it takes for highest.
-    unclear = (rows >= threshold).sum(-1, dtype=torch.int32) != count
-    indices = found.to(torch.int32)
-    if bool(unclear.any()):
-        keys = _order_keys(rows[unclear])
-        order = keys.sort(dim=-1, descending=True, stable=True).indices
-        indices[unclear] = order[:, :count].to(torch.int32)
-    lists = scores.new_zeros((*scores.shape[:-1], width), dtype=torch.int32)
-    lists[..., :count] = indices.sort(dim=-1).values.view(*scores.shape[:-1], count)
+    highest = _highest_by_rank if scores.element_size() == 2 else _highest_by_value
+    indices = highest(rows, count).to(torch.int32).sort(dim=-1).values
+    lists = indices.new_zeros((*scores.shape[:-1], width))
+    lists[..., :count] = indices.view(*scores.shape[:-1], count)
     return lists, torch.full(scores.shape[:-1], count, dtype=torch.int32)
 
 
+def _highest_by_rank(rows: Tensor, count: int) -> Tensor:
+    """Choose by integers in which score and column are one: scores of 16 bits often tie."""
+    columns = rows.shape[-1]
+    integer, shift = (torch.int32, 15) if columns <= 2**15 else (torch.int64, 32)
+    ranks = _order_keys(rows).to(integer) << shift
+    ranks |= torch.arange(columns - 1, -1, -1, dtype=integer)
+    return ranks.topk(count, dim=-1, sorted=False).indices
+
+
+def _highest_by_value(rows: Tensor, count: int) -> Tensor:
+    """Choose by score, and once more, slowly, in rows where that is not clear."""
+    values, indices = rows.topk(count, dim=-1, sorted=False)
+    threshold = values.amin(-1, keepdim=True)
+    # topk is exact unless scores tie for the last place, or are NaN, which it takes for highest.
+    unclear = (rows >= threshold).sum(-1, dtype=torch.int32) != count
+    if bool(unclear.any()):
+        order = _order_keys(rows[unclear]).sort(dim=-1, descending=True, stable=True).indices
+        indices[unclear] = order[:, :count]
+    return indices
+
+
 def _order_keys(scores: Tensor) -> Tensor:
-    """Integers in the order of the scores; both zeros are one, and NaN is lowest."""
-    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    bits = torch.where(wide == 0, 0.0, wide).to(wide.dtype).view(integer)
+    """Integers of the scores' size in their order; both zeros are one, and NaN is lowest."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
     limits = torch.iinfo(integer)
+    bits = scores.view(integer)
     keys = torch.where(bits < 0, bits ^ limits.max, bits)
-    return torch.where(wide.isnan(), limits.min, keys)
+    keys = torch.where(scores == 0, 0, keys)
+    return torch.where(scores.isnan(), limits.min, keys)
 
 
 def _fake(scores: Tensor, max_k: Any, k: Tensor | None) -> tuple[Tensor, Tensor]:
