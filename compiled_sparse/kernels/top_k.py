@@ -14,7 +14,7 @@ from torch import Tensor
 from compiled_sparse.kernels import launch
 
 _MAX_SIZE = 8192
-_SIZE_PER_WARP = 1024
+_KEY_BYTES_PER_WARP = 4096
 _STEP_PER_WARP = 256
 _INFINITY = {
     torch.float16: 0x7C00,
@@ -139,8 +139,8 @@ def top_k_blocks(scores: Tensor, limit: Tensor | None, indices: Tensor, counts: 
     """
     columns, width = scores.shape[-1], indices.shape[-1]
     size = min(_MAX_SIZE, max(16, triton.next_power_of_2(columns)))
-    warps = max(1, size // _SIZE_PER_WARP)
     item = scores.element_size()
+    warps = max(1, size * max(4, item) // _KEY_BYTES_PER_WARP)
     constants = {
         "KEY": tl.int64 if item == 8 else tl.int32,
         "BITS": 8 * item,

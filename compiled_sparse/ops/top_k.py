@@ -22,6 +22,7 @@ from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.routing import uses_gpu_kernels
 
 _NAME = "top_k_blocks"
+_CACHED_SCORES = 2**20
 
 LIBRARY.define(
     f"{_NAME}(Tensor scores, SymInt max_k, Tensor? k) "
@@ -144,9 +145,10 @@ def _cpu(scores: Tensor, width: int, k: Tensor | None) -> tuple[Tensor, Tensor]:
     count = width if k is None else max(1, min(int(k), width))
     rows = scores.flatten(0, 2)
     highest = _highest_by_rank if scores.element_size() == 2 else _highest_by_value
-    indices = highest(rows, count).to(torch.int32).sort(dim=-1).values
-    lists = indices.new_zeros((*scores.shape[:-1], width))
-    lists[..., :count] = indices.view(*scores.shape[:-1], count)
+    lists = scores.new_zeros((*scores.shape[:-1], width), dtype=torch.int32)
+    size = max(1, _CACHED_SCORES // scores.shape[-1])
+    for some, target in zip(rows.split(size), lists.flatten(0, 2).split(size), strict=True):
+        target[:, :count] = highest(some, count).to(torch.int32).sort(dim=-1).values
     return lists, torch.full(scores.shape[:-1], count, dtype=torch.int32)
 
 
