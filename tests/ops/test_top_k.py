@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compiled_sparse as cs
 from compiled_sparse import errors
+from compiled_sparse.ops import top_k
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -91,6 +92,18 @@ def test_of_ties_at_the_boundary_the_first_are_taken() -> None:
 def test_many_columns(distinct: int) -> None:
     scores = torch.randint(0, distinct, (1, 2, 5, 1440)).float()
     assert_lists(scores, 144)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_are_taken_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_k, "_CACHED_SCORES", 5 * COLUMNS)
+    assert_lists(strange(dtype), 7)
+
+
+def test_more_columns_than_16_bits_count() -> None:
+    scores = torch.randint(0, 9, (1, 1, 2, 70_000)).bfloat16()
+    scores[..., -1] = 20.0
+    assert_lists(scores, 3)
 
 
 def test_strides_do_not_matter() -> None:
@@ -287,8 +300,8 @@ def test_the_gpu_kernel_reads_k(k: int, interpreted: None) -> None:
 def test_the_gpu_kernel_takes_a_long_row_in_parts(
     monkeypatch: pytest.MonkeyPatch, interpreted: None
 ) -> None:
-    from compiled_sparse.kernels import top_k
+    from compiled_sparse.kernels import top_k as kernels
 
-    monkeypatch.setattr(top_k, "_MAX_SIZE", 16)
-    monkeypatch.setattr(top_k, "_STEP_PER_WARP", 8)
+    monkeypatch.setattr(kernels, "_MAX_SIZE", 16)
+    monkeypatch.setattr(kernels, "_STEP_PER_WARP", 8)
     assert_lists(strange(torch.float16)[1:, :, [0, 1, 2, 6]], 19)
