@@ -98,7 +98,7 @@ def _times(extents: Extents) -> str:
 
 def check_cases() -> list[CheckCase]:
     """Return all cases, each once."""
-    groups = (_basic(), _tiles(), _text(), _features(), _strides(), _float64())
+    groups = (_basic(), _tiles(), _text(), _features(), _strides())
     return list(dict.fromkeys(case for group in groups for case in group))
 
 
@@ -108,7 +108,7 @@ def quick_cases() -> list[CheckCase]:
     lines = CheckCase(grid=(40,), q_tile=(16,), kv_tile=(10,), key_length=29, head_dim=16)
     return [
         dataclasses.replace(small, text=(3, 5), batch=2, kv_heads=1, masked=True),
-        dataclasses.replace(small, dtype=torch.float64, lists="full"),
+        dataclasses.replace(small, lists="full"),
         dataclasses.replace(small, strides="a slice of NaN", grad_strides="one batch for all"),
         dataclasses.replace(small, dtype=torch.bfloat16, kv_tile=(3, 2, 2), list_shape=(1, 1)),
         lines,
@@ -196,19 +196,4 @@ def _strides() -> Iterator[CheckCase]:
             )
         yield CheckCase(
             grid=(5, 9, 10), q_tile=(2, 8, 8), grad_strides=strides, batch=2, heads=3, text=(7, 30)
-        )
-
-
-def _float64() -> Iterator[CheckCase]:
-    for tile, head_dim in (((4, 4, 4), 64), ((3, 5, 4), 32), ((4, 4, 4), 128)):
-        yield CheckCase(
-            grid=(5, 7, 6),
-            q_tile=tile,
-            dtype=torch.float64,
-            head_dim=head_dim,
-            batch=2,
-            heads=4,
-            kv_heads=2,
-            text=(5, 14),
-            masked=True,
         )

@@ -24,6 +24,7 @@ from compiled_sparse.ops.checks import resolve_layouts
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import block_tokens
+from compiled_sparse.ops.routing import uses_gpu_kernels
 
 FORWARD = "block_sparse_attention"
 BACKWARD = "block_sparse_attention_backward"
@@ -147,7 +148,7 @@ def _forward(
     check_lists(block_indices, block_counts, q, *layouts)
     arguments = (q, k, v, block_indices, block_counts, key_mask)
     scale = _resolve_scale(scale, q)
-    if _on_gpu_kernels(q):
+    if uses_gpu_kernels(q):
         outputs = _empty_outputs(q)
         gpu.block_sparse_forward(*arguments, *layouts, scale, outputs)
         return outputs
@@ -176,16 +177,12 @@ def _backward(
     layouts = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
     saved = (q, k, v, out, lse, block_indices, block_counts, key_mask)
     scale = _resolve_scale(scale, q)
-    if _on_gpu_kernels(q):
+    if uses_gpu_kernels(q):
         gradients = empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
         gpu.block_sparse_backward(grad_out, grad_lse, *saved, *layouts, scale, gradients)
         return gradients
     q_tokens, kv_tokens = map(block_tokens, layouts)
     return cpu.block_sparse_backward(grad_out, grad_lse, *saved, q_tokens, kv_tokens, scale)
-
-
-def _on_gpu_kernels(q: Tensor) -> bool:
-    return q.is_cuda or cpu.interprets_gpu_kernels()
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
