@@ -9,12 +9,15 @@ from dataclasses import replace
 
 import torch
 
+from compiled_sparse.kernels import pooling
+from compiled_sparse.kernels import top_k
+from compiled_sparse.kernels.attention import Sides
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops import gpu
 
-GRID = (8, 16, 16)
-TILES = ((4, 4, 4), (2, 8, 8), (6, 8, 8), (3, 5, 4))
-BOX_TILES = ((4, 4, 4), (2, 8, 8), (4, 8, 8))
+GRID: Sides = (8, 16, 16)
+TILES: tuple[Sides, ...] = ((4, 4, 4), (2, 8, 8), (6, 8, 8), (3, 5, 4))
+BOX_TILES: tuple[Sides, ...] = ((4, 4, 4), (2, 8, 8), (4, 8, 8))
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Case:
     name: str
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 128
-    tile: tuple[int, ...] = (4, 4, 4)
+    tile: Sides = (4, 4, 4)
     text: int = 0
     masked: bool = False
     groups: int = 1
@@ -72,6 +75,19 @@ def all_cases() -> list[Case]:
     ]
     boxes.append(replace(plain, name="boxes, text", boxes=True, text=77))
     return [*sizes, *features, *float32, *boxes]
+
+
+def launch_helpers(case: Case) -> None:
+    """Launch the kernels that block selectors use, on the tensors of a case."""
+    layout = BlockLayout(GRID, case.tile, text_after=case.text)
+    x = torch.zeros(1, 2, layout.num_tokens, case.head_dim, dtype=case.dtype)
+    means = x.new_zeros(1, 2, layout.num_blocks, case.head_dim)
+    pooling.tile_mean(x, GRID, case.tile, (0, case.text), layout.num_blocks, means)
+    scores = x.new_zeros(1, 2, 64, layout.num_blocks)
+    indices = torch.zeros(1, 2, 64, 5, dtype=torch.int32)
+    counts = torch.zeros(1, 2, 64, dtype=torch.int32)
+    for limit in (None, torch.tensor(3)):
+        top_k.top_k_blocks(scores, limit, indices, counts)
 
 
 def launches(case: Case) -> Iterator[Callable[[], None]]:

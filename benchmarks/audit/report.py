@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.audit.bounds import violations
 from benchmarks.audit.cases import Case
+from benchmarks.audit.cases import launch_helpers
 from benchmarks.audit.cases import launches
 from benchmarks.audit.machine_code import usage
 from benchmarks.audit.offline import Compiled
@@ -26,6 +27,7 @@ def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
         with compiling_for(chip) as compiled, switches(case.precision, case.boxes):
             for launch in launches(case):
                 launch()
+            launch_helpers(case)
         for kernel in compiled:
             record = _record(chip, case, kernel)
             if "error" in record or record["hash"] not in seen:

@@ -268,27 +268,18 @@ def test_errors_say_what_to_do(case: Case) -> None:
     assert_wording(case)
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compiled_sparse.kernels.tiles import INTERPRETED
-
-    if not INTERPRETED.value:
-        pytest.skip("needs TRITON_INTERPRET=1")
-    monkeypatch.setenv("COMPILED_SPARSE_CPU_KERNEL", "interpreted")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_gpu_kernel_agrees(dtype: torch.dtype, interpreted: None) -> None:
+def test_the_gpu_kernel_agrees(dtype: torch.dtype, gpu_kernels_on_cpu: None) -> None:
     assert_lists(strange(dtype)[1:], 6)
 
 
 @pytest.mark.parametrize("k", [1, COLUMNS])
-def test_the_gpu_kernel_agrees_at_the_ends(k: int, interpreted: None) -> None:
+def test_the_gpu_kernel_agrees_at_the_ends(k: int, gpu_kernels_on_cpu: None) -> None:
     assert_lists(strange(torch.float16)[1:, :, 5:], k)
 
 
 @pytest.mark.parametrize("k", [0, 3, 9])
-def test_the_gpu_kernel_reads_k(k: int, interpreted: None) -> None:
+def test_the_gpu_kernel_reads_k(k: int, gpu_kernels_on_cpu: None) -> None:
     scores = torch.randint(0, 9, (1, 1, 2, 11)).half()
     indices, counts = cs.ops.top_k_blocks(scores, torch.tensor(k), max_k=5)
     count = min(max(k, 1), 5)
@@ -298,7 +289,7 @@ def test_the_gpu_kernel_reads_k(k: int, interpreted: None) -> None:
 
 
 def test_the_gpu_kernel_takes_a_long_row_in_parts(
-    monkeypatch: pytest.MonkeyPatch, interpreted: None
+    monkeypatch: pytest.MonkeyPatch, gpu_kernels_on_cpu: None
 ) -> None:
     from compiled_sparse.kernels import top_k as kernels
 

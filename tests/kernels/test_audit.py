@@ -1,0 +1,106 @@
+"""Every kernel compiled for chips that are not here, and held against the bounds of the audit.
+
+Compiling needs a process without Triton's interpreter, so the audit runs as a program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.audit.bounds import SHARED_BYTES
+from benchmarks.audit.bounds import violations
+from benchmarks.audit.machine_code import Usage
+
+ROOT = Path(__file__).parents[2]
+OLDER_TRITON = Path(os.environ.get("OLDER_TRITON", ROOT / ".venv" / "triton-3.6.0"))
+KERNELS = {
+    *("attention_forward", "attention_backward_queries", "attention_backward_keys", "row_sums"),
+    *("mark_listed", "collect_marked", "order_by_count", "block_means", "list_top_k"),
+}
+
+
+def audit(output: Path, *arguments: str, path: Path | None = None) -> list[dict[str, Any]]:
+    """Run the audit; the records, which must break no bound."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [path, ROOT])))
+    command = [sys.executable, "-m", "benchmarks.audit", *arguments, "--output", str(output)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert output.exists(), done.stderr[-3000:]
+    records: list[dict[str, Any]] = json.loads(output.read_text())["kernels"]
+    broken = [record for record in records if record["violations"]]
+    assert not broken, broken
+    assert done.returncode == 0
+    return records
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
+def test_the_most_used_variants_keep_the_bounds(chip: str, tmp_path: Path) -> None:
+    records = audit(tmp_path / "record.json", "--quick", "--chips", chip)
+    boxes = {"attention_forward_boxes"} if chip == "sm_90" else set()
+    assert {record["kernel"] for record in records} == KERNELS | boxes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("chip", SHARED_BYTES)
+def test_every_variant_keeps_the_bounds(chip: str, tmp_path: Path) -> None:
+    records = audit(tmp_path / "record.json", "--chips", chip)
+    assert {record["kernel"] for record in records} >= KERNELS
+    assert {record["head_dim"] for record in records} == {16, 32, 64, 96, 128, 256}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
+def test_the_oldest_supported_triton_keeps_the_bounds(chip: str, tmp_path: Path) -> None:
+    assert OLDER_TRITON.is_dir(), f"no Triton 3.6.0 in {OLDER_TRITON}: run `make triton-3.6.0`"
+    output = tmp_path / "record.json"
+    audit(output, "--quick", "--chips", chip, path=OLDER_TRITON)
+    assert json.loads(output.read_text())["triton"] == "3.6.0"
+
+
+GOOD = Usage(
+    registers=128,
+    spilled=0,
+    shared=65_536,
+    matrix=8,
+    bulk_loads=4,
+    async_copies=16,
+    matrix_kind="HGMMA",
+)
+
+
+def complaints(chip: str = "sm_90", kernel: str = "attention_forward", **changes: Any) -> list[str]:
+    """What the bounds say of a kernel that is good but for these changes."""
+    used = Usage(**(GOOD.as_dict() | changes))
+    return list(violations(kernel, chip, used, warps=4, matrix=True, wide_rows=True))
+
+
+def test_a_good_kernel_breaks_no_bound() -> None:
+    assert complaints() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"spilled": 8}, "8 spilled"),
+        ({"shared": 300_000}, "300000 bytes of shared memory"),
+        ({"registers": 600}, "600 registers for 4 warps"),
+        ({"matrix_kind": "HMMA"}, "no HGMMA instruction"),
+        ({"matrix_kind": ""}, "no HGMMA instruction"),
+        ({"bulk_loads": 0, "async_copies": 0}, "rows pass through registers"),
+        ({"kernel": "attention_forward_boxes", "bulk_loads": 0}, "no load by the bulk copy engine"),
+        ({"chip": "sm_89", "matrix_kind": "HMMA", "shared": 110_000}, "101376 exist"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_each_bound_can_be_broken(changes: dict[str, Any], complaint: str) -> None:
+    (said,) = complaints(**changes)
+    assert complaint in said
