@@ -15,7 +15,6 @@ from compiled_sparse.kernels.attention import Sides
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops import gpu
 
-GRID: Sides = (8, 16, 16)
 TILES: tuple[Sides, ...] = ((4, 4, 4), (2, 8, 8), (6, 8, 8), (3, 5, 4))
 BOX_TILES: tuple[Sides, ...] = ((4, 4, 4), (2, 8, 8), (4, 8, 8))
 
@@ -28,6 +27,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 128
     tile: Sides = (4, 4, 4)
+    grid: Sides = (8, 16, 16)
     text: int = 0
     masked: bool = False
     groups: int = 1
@@ -47,11 +47,7 @@ def quick_cases() -> list[Case]:
 def all_cases() -> list[Case]:
     """Return every variant: head sizes by tiles, then one for each other feature."""
     plain = Case("plain")
-    sizes = [
-        replace(plain, name=f"tile {'x'.join(map(str, tile))}", tile=tile, head_dim=head_dim)
-        for head_dim in (64, 128, 256)
-        for tile in TILES
-    ]
+    sizes = [(128, tile) for tile in TILES] + [(64, (4, 4, 4)), (64, (6, 8, 8)), (256, (4, 4, 4))]
     features = [
         replace(plain, name="float16", dtype=torch.float16),
         replace(plain, name="text, key mask, groups", text=77, masked=True, groups=2),
@@ -59,30 +55,41 @@ def all_cases() -> list[Case]:
         replace(plain, name="head size 32", head_dim=32),
         replace(plain, name="head size 96", head_dim=96),
         replace(plain, name="tile 2x2x4", tile=(2, 2, 4)),
+        replace(plain, name="grid not divided", grid=(7, 15, 13)),
     ]
     float32 = [
-        replace(plain, name=f"float32 {precision}", precision=precision, head_dim=size)
+        replace(plain, name=precision, dtype=torch.float32, precision=precision, head_dim=size)
         for precision in ("ieee", "tf32")
-        for size in (64, 128, 256)
+        for size in (128, 256)
     ]
-    float32 = [replace(case, dtype=torch.float32) for case in float32]
-    boxes = [
-        replace(
-            plain, name=f"boxes {'x'.join(map(str, tile))}", tile=tile, head_dim=size, boxes=True
-        )
-        for size in (64, 128, 256)
-        for tile in BOX_TILES
+    return [*(_sized(*size) for size in sizes), *features, *float32, *_box_cases()]
+
+
+def _sized(head_dim: int, tile: Sides) -> Case:
+    return Case(f"tile {_times(tile)}", tile=tile, head_dim=head_dim)
+
+
+def _box_cases() -> list[Case]:
+    sizes = [(128, tile) for tile in BOX_TILES] + [(64, (4, 4, 4)), (256, (4, 4, 4))]
+    texts = [
+        Case(f"boxes {_times(tile)}, text", tile=tile, boxes=True, text=77) for tile in BOX_TILES
     ]
-    boxes.append(replace(plain, name="boxes, text", boxes=True, text=77))
-    return [*sizes, *features, *float32, *boxes]
+    return [
+        Case(f"boxes {_times(tile)}", tile=tile, head_dim=head_dim, boxes=True)
+        for head_dim, tile in sizes
+    ] + texts
+
+
+def _times(sides: Sides) -> str:
+    return "x".join(map(str, sides))
 
 
 def launch_helpers(case: Case) -> None:
     """Launch the kernels that block selectors use, on the tensors of a case."""
-    layout = BlockLayout(GRID, case.tile, text_after=case.text)
+    layout = BlockLayout(case.grid, case.tile, text_after=case.text)
     x = torch.zeros(1, 2, layout.num_tokens, case.head_dim, dtype=case.dtype)
     means = x.new_zeros(1, 2, layout.num_blocks, case.head_dim)
-    pooling.tile_mean(x, GRID, case.tile, (0, case.text), layout.num_blocks, means)
+    pooling.tile_mean(x, case.grid, case.tile, (0, case.text), layout.num_blocks, means)
     scores = x.new_zeros(1, 2, 64, layout.num_blocks)
     indices = torch.zeros(1, 2, 64, 5, dtype=torch.int32)
     counts = torch.zeros(1, 2, 64, dtype=torch.int32)
@@ -92,7 +99,7 @@ def launch_helpers(case: Case) -> None:
 
 def launches(case: Case) -> Iterator[Callable[[], None]]:
     """Yield functions that launch the forward and the backward of a case."""
-    layout = BlockLayout(GRID, case.tile, text_after=case.text)
+    layout = BlockLayout(case.grid, case.tile, text_after=case.text)
     heads = 2 * case.groups
 
     def tensor(heads: int) -> torch.Tensor:

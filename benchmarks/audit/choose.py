@@ -34,19 +34,25 @@ SOURCE = "chosen offline: the first tile without spills that fits the chip; not 
 _TILES = {64: ((4, 4, 4), (3, 5, 4)), 128: ((2, 8, 8), (5, 5, 5))}
 
 
-def choose_tiles(chip: str) -> dict[str, dict[str, list[Any]]]:
+def choose_tiles(chip: str, kernels: list[str]) -> dict[str, dict[str, list[Any]]]:
     """Return the tiles of one chip, as they stand in the table."""
     tiles: dict[str, dict[str, list[Any]]] = {}
-    for kernel in tuning.KERNELS:
+    for kernel in kernels:
         if kernel == "forward_boxes" and chip not in tuning.BULK_COPY_CHIPS:
             continue
         tiles[kernel] = {
             f"{kind}:{head_dim}:{own}": list(_first(chip, kernel, kind, head_dim, own))
-            for kind in (("half",) if kernel == "forward_boxes" else tuning.KINDS)
+            for kind in _kinds(chip, kernel)
             for head_dim in HEAD_DIMS
             for own in OWN_ROWS
         }
     return tiles
+
+
+def _kinds(chip: str, kernel: str) -> tuple[str, ...]:
+    if kernel == "forward_boxes":
+        return ("half",)
+    return tuning.KINDS if chip.startswith("sm_") else ("half", "float32")  # no TF32 elsewhere
 
 
 def _first(chip: str, kernel: str, kind: str, head_dim: int, own: int) -> Tile:
@@ -88,12 +94,15 @@ def main() -> None:
     """Choose tiles and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit.choose", description=__doc__)
     parser.add_argument("--chips", nargs="*", choices=[*tuning.CHIPS, []], help="default: all")
+    parser.add_argument("--kernels", nargs="*", choices=[*tuning.KERNELS, []], help="default: all")
     parser.add_argument("--table", type=Path, default=tuning.SHIPPED)
     arguments = parser.parse_args()
     document = json.loads(arguments.table.read_text())
     for chip in arguments.chips or tuning.CHIPS:
         if document["chips"].get(chip, {}).get("source", SOURCE) == SOURCE:
-            record = {"source": SOURCE, "triton": triton.__version__, "tiles": choose_tiles(chip)}
+            kept = document["chips"].get(chip, {}).get("tiles", {})
+            tiles = kept | choose_tiles(chip, arguments.kernels or list(tuning.KERNELS))
+            record = {"source": SOURCE, "triton": triton.__version__, "tiles": tiles}
             document["chips"][chip] = record
     tuning.write_table(document, arguments.table)
 

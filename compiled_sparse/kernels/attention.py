@@ -130,7 +130,8 @@ def forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     arguments = (
         *(call.q, call.k, call.v, out, lse, call.indices, call.counts, order, call.key_mask),
         *map(_strides, (call.q, call.k, call.v, out)),
-        *map(_list_strides, (call.indices, order)),
+        *_list_strides(call.indices),
+        *_list_strides(order),
         *_integers(call, call.geometry.q_blocks, heads),
     )
     launch.run(
@@ -163,7 +164,8 @@ def forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
         arguments = (
             *(call.q, call.k, call.v, out, lse, call.indices, call.counts, own_order, *boxes),
             *map(_strides, (call.q, call.k, call.v, out)),
-            *map(_list_strides, (call.indices, order)),
+            *_list_strides(call.indices),
+            *_list_strides(order),
             *(entry, text_blocks, text_before, geometry.k_blocks - text_blocks),
             *_integers(call, geometry.q_blocks, heads),
         )
@@ -210,7 +212,8 @@ def query_gradient(
         *(call.q, call.k, call.v, grad_out, lse, delta, grad_q),
         *(call.indices, call.counts, order, call.key_mask),
         *map(_strides, (call.q, call.k, call.v, grad_out, grad_q)),
-        *map(_list_strides, (call.indices, order)),
+        *_list_strides(call.indices),
+        *_list_strides(order),
         *_integers(call, call.geometry.q_blocks, heads),
     )
     launch.run(
@@ -242,7 +245,9 @@ def key_gradients(
         *(call.q, call.k, call.v, grad_out, lse, delta, grad_k, grad_v),
         *(entries, starts, order, call.key_mask),
         *map(_strides, (call.q, call.k, call.v, grad_out, grad_k, grad_v)),
-        *map(_list_strides, (entries, starts, order)),
+        *_list_strides(entries),
+        *_list_strides(starts),
+        *_list_strides(order),
         *_integers(call, call.geometry.k_blocks, heads),
     )
     launch.run(

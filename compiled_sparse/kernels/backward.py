@@ -88,8 +88,11 @@ def attention_backward_queries(
     v_strides,
     out_strides,
     grad_strides,
-    index_strides,
-    row_strides,
+    index_batch,
+    index_head,
+    index_row,
+    order_batch,
+    order_head,
     scale,
     rows,
     heads,
@@ -125,7 +128,9 @@ def attention_backward_queries(
     Arguments as in `forward.attention_forward`; `out_strides` are those of `grad_out`.
     """
     text = (before, behind)
-    batch, head, row, chunk = program_position(order, rows, heads, row_strides, Q_CHUNKS)
+    batch, head, row, chunk = program_position(
+        order, rows, heads, (order_batch, order_head), Q_CHUNKS
+    )
     slot = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     q_token, q_valid = block_tokens(row, slot, (q_t, q_h, q_w), text, Q_TILE, HAS_TEXT)
     q_base = head_base(q, q_strides, batch, head)
@@ -139,8 +144,8 @@ def attention_backward_queries(
 
     k_base = head_base(k, k_strides, batch, head // groups)
     v_base = head_base(v, v_strides, batch, head // groups)
-    entries = head_base(indices, index_strides, batch, head) + row * index_strides[2]
-    count = tl.load(head_base(counts, row_strides, batch, head) + row)
+    entries = head_base(indices, (index_batch, index_head), batch, head) + row * index_row
+    count = tl.load(head_base(counts, (order_batch, order_head), batch, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     sums = tl.zeros([BLOCK_M, BLOCK_D], SUM)
@@ -194,9 +199,12 @@ def attention_backward_keys(
     out_strides,
     grad_k_strides,
     grad_v_strides,
-    entry_strides,
-    start_strides,
-    row_strides,
+    index_batch,
+    index_head,
+    start_batch,
+    start_head,
+    order_batch,
+    order_head,
     scale,
     rows,
     heads,
@@ -233,7 +241,9 @@ def attention_backward_keys(
     of its key head in order. `entries` and `starts` are the transposed lists, see `kernels.lists`.
     """
     text = (before, behind)
-    batch, k_head, row, chunk = program_position(order, rows, heads, row_strides, K_CHUNKS)
+    batch, k_head, row, chunk = program_position(
+        order, rows, heads, (order_batch, order_head), K_CHUNKS
+    )
     slot = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     k_token, k_valid = block_tokens(row, slot, (k_t, k_h, k_w), text, K_TILE, HAS_TEXT)
     k_shown = k_valid
@@ -254,10 +264,10 @@ def attention_backward_keys(
         q_base = head_base(q, q_strides, batch, head)
         out_base = head_base(grad_out, out_strides, batch, head)
         first_token = (batch * groups * heads + head).to(tl.int64) * q_length
-        bounds = head_base(starts, start_strides, batch, head) + row
+        bounds = head_base(starts, (start_batch, start_head), batch, head) + row
         start = tl.load(bounds)
         count = tl.load(bounds + 1) - start
-        listed = head_base(entries, entry_strides, batch, head) + start
+        listed = head_base(entries, (index_batch, index_head), batch, head) + start
         for step in range(number_of_steps(count, Q_CHUNKS, JOINED)):
             q_token, q_valid = step_tokens(
                 listed,

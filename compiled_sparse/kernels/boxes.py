@@ -72,8 +72,11 @@ def attention_forward_boxes(
     k_strides,
     v_strides,
     out_strides,
-    index_strides,
-    row_strides,
+    index_batch,
+    index_head,
+    index_row,
+    order_batch,
+    order_head,
     batch,
     text_blocks,
     text_blocks_before,
@@ -114,7 +117,9 @@ def attention_forward_boxes(
     """
     text = (before, behind)
     k_grid = (k_t, k_h, k_w)
-    _first, head, row, chunk = program_position(order, rows, heads, row_strides, Q_CHUNKS)
+    _first, head, row, chunk = program_position(
+        order, rows, heads, (order_batch, order_head), Q_CHUNKS
+    )
     entry = head * 0 + batch
     slot = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     q_token, q_valid = block_tokens(row, slot, (q_t, q_h, q_w), text, Q_TILE, HAS_TEXT)
@@ -123,8 +128,8 @@ def attention_forward_boxes(
     q_rows, factor = positive_factor(q_rows, scale, SUM)
 
     k_head = head // groups
-    entries = head_base(indices, index_strides, entry, head) + row * index_strides[2]
-    count = tl.load(head_base(counts, row_strides, entry, head) + row)
+    entries = head_base(indices, (index_batch, index_head), entry, head) + row * index_row
+    count = tl.load(head_base(counts, (order_batch, order_head), entry, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], float("-inf"), SUM)
     total = tl.zeros([BLOCK_M], SUM)
@@ -146,8 +151,8 @@ def attention_forward_boxes(
         for step in range(text_blocks * K_CHUNKS):
             block = step // K_CHUNKS
             block += tl.where(block < text_blocks_before, 0, k_tiles)
-            slot = step % K_CHUNKS * BLOCK_N + k_slot
-            k_token, k_valid = block_tokens(block, slot, k_grid, text, K_TILE, HAS_TEXT)
+            text_slot = step % K_CHUNKS * BLOCK_N + k_slot
+            k_token, k_valid = block_tokens(block, text_slot, k_grid, text, K_TILE, HAS_TEXT)
             k_valid &= is_listed(entries, count, block, 128)
             k_rows = load_rows(k_base, k_token, k_valid, k_strides[2], HEAD_DIM, BLOCK_D, WIDE)
             v_rows = load_rows(v_base, k_token, k_valid, v_strides[2], HEAD_DIM, BLOCK_D, WIDE)

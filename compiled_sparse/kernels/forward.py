@@ -80,8 +80,11 @@ def attention_forward(
     k_strides,
     v_strides,
     out_strides,
-    index_strides,
-    row_strides,
+    index_batch,
+    index_head,
+    index_row,
+    order_batch,
+    order_head,
     scale,
     rows,
     heads,
@@ -118,7 +121,9 @@ def attention_forward(
     (batch, head, row) and 1. `ops.gpu` says what the arguments mean and computes them.
     """
     text = (before, behind)
-    batch, head, row, chunk = program_position(order, rows, heads, row_strides, Q_CHUNKS)
+    batch, head, row, chunk = program_position(
+        order, rows, heads, (order_batch, order_head), Q_CHUNKS
+    )
     slot = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     q_token, q_valid = block_tokens(row, slot, (q_t, q_h, q_w), text, Q_TILE, HAS_TEXT)
     q_base = head_base(q, q_strides, batch, head)
@@ -127,8 +132,8 @@ def attention_forward(
 
     k_base = head_base(k, k_strides, batch, head // groups)
     v_base = head_base(v, v_strides, batch, head // groups)
-    entries = head_base(indices, index_strides, batch, head) + row * index_strides[2]
-    count = tl.load(head_base(counts, row_strides, batch, head) + row)
+    entries = head_base(indices, (index_batch, index_head), batch, head) + row * index_row
+    count = tl.load(head_base(counts, (order_batch, order_head), batch, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], float("-inf"), SUM)
     total = tl.zeros([BLOCK_M], SUM)

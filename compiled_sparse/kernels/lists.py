@@ -19,7 +19,7 @@ from compiled_sparse.kernels import launch
 _CLASSES = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "blocks", "capacity"])
 def mark_listed(indices, counts, marks, rows, width, blocks, SIZE: tl.constexpr):
     """Set `marks` uint8 [lists, blocks, rows], zero before, to 1 where a row lists a block."""
     program = tl.program_id(0).to(tl.int64)
@@ -35,7 +35,7 @@ def mark_listed(indices, counts, marks, rows, width, blocks, SIZE: tl.constexpr)
         tl.store(column + block.to(tl.int64) * rows, one, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "blocks", "capacity"])
 def collect_marked(marks, starts, entries, rows, blocks, capacity, SIZE: tl.constexpr):
     """Write the rows marked for each block, ascending, into `entries` [lists, capacity].
 
@@ -52,7 +52,7 @@ def collect_marked(marks, starts, entries, rows, blocks, capacity, SIZE: tl.cons
         place += tl.sum(mark, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "blocks", "capacity"])
 def order_by_count(counts, order, rows, width, CLASSES: tl.constexpr, SIZE: tl.constexpr):
     """Write the rows of each list into `order` [lists, rows], those with most entries first.
 

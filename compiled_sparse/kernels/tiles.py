@@ -11,6 +11,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 UNSPECIALIZED = [
+    *("index_batch", "index_head", "index_row", "start_batch", "start_head"),
+    *("order_batch", "order_head"),
     *("scale", "rows", "heads", "groups", "q_length", "k_length", "before", "behind"),
     *("q_t", "q_h", "q_w", "k_t", "k_h", "k_w"),
 ]

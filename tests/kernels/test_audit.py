@@ -66,6 +66,29 @@ def test_the_oldest_supported_triton_keeps_the_bounds(chip: str, tmp_path: Path)
     assert json.loads(output.read_text())["triton"] == "3.6.0"
 
 
+NEW_SIZES = """
+from dataclasses import replace
+from benchmarks.audit.cases import Case, launch_helpers, launches
+from benchmarks.audit.offline import compiling_for
+
+hashes = []
+for grid, text in (((8, 16, 16), 77), ((7, 15, 13), 200), ((1, 32, 16), 16)):
+    with compiling_for("sm_90") as compiled:
+        for launch in launches(Case("", grid=grid, text=text)):
+            launch()
+    hashes.append({each.result.hash for each in compiled if each.kernel.startswith("attention")})
+assert hashes[0] == hashes[1] == hashes[2], hashes
+"""
+
+
+def test_a_new_grid_or_text_length_compiles_nothing() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", NEW_SIZES], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 GOOD = Usage(
     registers=128,
     spilled=0,
