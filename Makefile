@@ -19,6 +19,7 @@ PY := $(BIN)/python
 DEV := $(VENV)/.installed-dev
 DEMO := $(VENV)/.installed-demo
 LOG := $(VENV)/install.log
+OLD_TRITON := $(VENV)/triton-3.6.0
 LIGHT := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
 
 # $(call install,extra): one resolver run under the constraints. Shows one line per package that pip has to
@@ -58,8 +59,15 @@ demo: $(LIGHT) ## compile a small video model, compare sparse with dense
 test: $(DEV) ## run the tests, without the slow ones
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
+# The oldest Triton that torch 2.11 brings; the slow tests compile the GPU kernels with it, too.
+$(OLD_TRITON): | $(DEV)
+	@$(PY) -m pip install --quiet --no-deps --target $@ $(PIP_ARGS) triton==3.6.0
+
+.PHONY: old-triton
+old-triton: $(OLD_TRITON) ## get the oldest supported Triton for the slow tests
+
 .PHONY: test-all
-test-all: $(DEV) ## run every test
+test-all: $(DEV) $(OLD_TRITON) ## run every test
 	@$(PY) -m pytest $(ARGS)
 
 .PHONY: check

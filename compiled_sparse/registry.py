@@ -9,6 +9,7 @@ is loaded when its name is looked up, or when all names are asked for. See docs/
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ class Capabilities:
     Args:
         dtypes: Accepted dtypes of queries, keys and values.
         max_head_dim: Largest head size.
+        gpu_dtypes: Accepted dtypes on GPUs; None means the same.
         gpu_max_head_dim: Largest head size on GPUs; None means the same.
         devices: Accepted device types.
         num_axes: Accepted numbers of grid axes.
@@ -59,6 +61,7 @@ class Capabilities:
 
     dtypes: frozenset[torch.dtype]
     max_head_dim: int
+    gpu_dtypes: frozenset[torch.dtype] | None = None
     gpu_max_head_dim: int | None = None
     devices: frozenset[str] = frozenset({"cpu"})
     num_axes: frozenset[int] = frozenset({1, 2, 3})
@@ -66,10 +69,13 @@ class Capabilities:
     causal: bool = False
     key_mask: bool = True
 
-    def head_dim_limit(self, device: str) -> int:
-        """Return the largest head size on a device type."""
-        gpu = self.gpu_max_head_dim
-        return self.max_head_dim if device == "cpu" or gpu is None else gpu
+    def on_device(self, device: str) -> Capabilities:
+        """Return what holds on a device type."""
+        if device == "cpu":
+            return self
+        dtypes = self.dtypes if self.gpu_dtypes is None else self.gpu_dtypes
+        limit = self.max_head_dim if self.gpu_max_head_dim is None else self.gpu_max_head_dim
+        return dataclasses.replace(self, dtypes=dtypes, max_head_dim=limit)
 
 
 @dataclass(frozen=True)

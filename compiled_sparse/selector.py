@@ -242,10 +242,10 @@ def call_supported(
     call: CallFacts, capabilities: Capabilities = KERNEL_CAPABILITIES
 ) -> Refused | None:
     """Return what a mechanism cannot take about a call, if there is something."""
+    capabilities = capabilities.on_device(call.device)
     if call.dtype not in capabilities.dtypes:
         return Refused("dtype_unsupported", str(call.dtype))
-    limit = capabilities.head_dim_limit(call.device)
-    known = isinstance(call.head_dim, int) and call.head_dim <= limit
+    known = isinstance(call.head_dim, int) and call.head_dim <= capabilities.max_head_dim
     if not known or call.value_dim != call.head_dim:
         sizes = f"{call.head_dim} for queries, {call.value_dim} for values"
         return Refused("head_dim_unsupported", sizes)

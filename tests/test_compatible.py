@@ -39,6 +39,8 @@ def test_a_call_that_fits_is_answered_with_density_and_gain() -> None:
         ({"dtype": torch.int32}, "dtype_unsupported"),
         ({"head_dim": 1024}, "head_dim_unsupported"),
         ({"device": "meta"}, "device_unsupported"),
+        ({"device": "cuda", "dtype": torch.float64}, "dtype_unsupported"),  # device: only asked
+        ({"device": "cuda", "head_dim": 257}, "head_dim_unsupported"),  # device: only asked
         ({"device": torch.device("meta", 0)}, "device_unsupported"),
         ({"grid_thw": (30, 52)}, "axes_mismatch"),
     ],

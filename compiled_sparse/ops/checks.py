@@ -25,6 +25,7 @@ MAX_HEAD_DIM = 512
 KERNEL_CAPABILITIES = Capabilities(
     dtypes=frozenset(SUPPORTED_DTYPES),
     max_head_dim=MAX_HEAD_DIM,
+    gpu_dtypes=frozenset(gpu.DTYPES),
     gpu_max_head_dim=gpu.MAX_HEAD_DIM,
     devices=frozenset({"cpu", "cuda"}),
 )

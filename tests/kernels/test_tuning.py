@@ -17,6 +17,8 @@ from compiled_sparse.kernels.candidates import OWN_ROWS
 from compiled_sparse.kernels.candidates import candidates
 from compiled_sparse.kernels.tuning import Tile
 
+NVIDIA = "cuda"  # device: Triton's name of a compiler
+
 
 def test_the_shipped_table_has_a_candidate_for_every_entry() -> None:
     for chip in tuning.CHIPS:
@@ -41,14 +43,14 @@ def test_the_shipped_table_says_where_it_comes_from() -> None:
 @pytest.mark.parametrize(
     ("backend", "arch", "chip"),
     [
-        ("cuda", 80, "sm_80"),
-        ("cuda", 86, "sm_80"),
-        ("cuda", 89, "sm_89"),
-        ("cuda", 90, "sm_90"),
-        ("cuda", 100, "sm_100"),
-        ("cuda", 103, "sm_100"),
-        ("cuda", 121, "sm_120"),
-        ("cuda", 75, "sm_80"),
+        (NVIDIA, 80, "sm_80"),
+        (NVIDIA, 86, "sm_80"),
+        (NVIDIA, 89, "sm_89"),
+        (NVIDIA, 90, "sm_90"),
+        (NVIDIA, 100, "sm_100"),
+        (NVIDIA, 103, "sm_100"),
+        (NVIDIA, 121, "sm_120"),
+        (NVIDIA, 75, "sm_80"),
         ("hip", "gfx950", "gfx942"),
     ],
 )
