@@ -1,6 +1,6 @@
 """Run benchmark suites and record the results.
 
-python -m benchmarks [kernel sta model masks overhead] [--rounds 7] [--output FILE]
+python -m benchmarks [kernel sta swba model masks overhead] [--rounds 7] [--output FILE]
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from benchmarks import masks
 from benchmarks import model
 from benchmarks import overhead
 from benchmarks import sta
+from benchmarks import swba
 from benchmarks.timing import environment
 
 SUITES = {
     "kernel": kernel.run,
     "sta": sta.run,
+    "swba": swba.run,
     "model": model.run,
     "masks": masks.run,
     "overhead": overhead.run,

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
 from benchmarks.timing import interleaved_medians
+from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.pattern import sta_density
 from compiled_sparse.reference.attention import token_mask
@@ -29,7 +30,7 @@ CASES = (
 )
 
 
-def _flex(grid: tuple[int, ...], config: cs.STA) -> Any:
+def _flex(grid: tuple[int, ...], config: MechanismConfig) -> Any:
     length = math.prod(grid)
     mask = token_mask(config, slice(None), length, length, grid, cs.Text())[0, 0]
     block_mask = create_block_mask(
@@ -40,16 +41,10 @@ def _flex(grid: tuple[int, ...], config: cs.STA) -> Any:
 
 
 def measure(
-    grid: tuple[int, ...],
-    tile: tuple[int, ...],
-    window: tuple[int, ...],
-    head_dim: int,
-    rounds: int,
+    config: MechanismConfig, grid: tuple[int, ...], density: float, head_dim: int, rounds: int
 ) -> dict[str, Any]:
-    """Measure forward and backward of one grid."""
-    config = cs.STA(window_thw=window, tile_thw=tile)
-    length = BlockLayout(grid, tile).num_tokens
-    density = sta_density(BlockLayout(grid, tile), config.windows)
+    """Measure forward and backward of a mechanism with static lists on one grid."""
+    length = math.prod(grid)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, length, head_dim, generator=generator) for _ in range(3))
     flex = _flex(grid, config)
@@ -74,7 +69,7 @@ def measure(
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, config: cs.STA, grid: tuple[int, ...], rounds: int
+    q: Tensor, k: Tensor, v: Tensor, config: MechanismConfig, grid: tuple[int, ...], rounds: int
 ) -> dict[str, float]:
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     dense = F.scaled_dot_product_attention(*leaves)
@@ -100,4 +95,9 @@ def _ratios(seconds: dict[str, float], density: float) -> dict[str, Any]:
 
 def run(rounds: int) -> list[dict[str, Any]]:
     """Measure all grids of the sliding tile suite."""
-    return [measure(*case, head_dim, rounds) for case in CASES for head_dim in (64, 128)]
+    results = []
+    for grid, tile, window in CASES:
+        config = cs.STA(window_thw=window, tile_thw=tile)
+        density = sta_density(BlockLayout(grid, tile), config.windows)
+        results += [measure(config, grid, density, head_dim, rounds) for head_dim in (64, 128)]
+    return results

@@ -138,7 +138,7 @@ def forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
         attention_forward,
         batch * heads * call.geometry.q_blocks * _chunks(call.geometry.q_tile, tile.own),
         arguments,
-        _constants(call, tile, rows=tile.own, columns=tile.other),
+        _constants(call, tile, out, rows=tile.own, columns=tile.other),
         warps=tile.warps,
         stages=tile.stages,
     )
@@ -152,7 +152,7 @@ def forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
     order = heavy_first(call.counts, call.indices.shape[-1])
     batch, heads = call.q.shape[:2]
     tile = tile._replace(other=math.prod(box))
-    constants = _constants(call, tile, rows=tile.own, columns=tile.other) | {"BOX": box}
+    constants = _constants(call, tile, out, rows=tile.own, columns=tile.other) | {"BOX": box}
     for name in ("HAS_MASK", "JOINED"):
         del constants[name]
     size = math.prod(geometry.k_tile)
@@ -220,7 +220,7 @@ def query_gradient(
         attention_backward_queries,
         batch * heads * call.geometry.q_blocks * _chunks(call.geometry.q_tile, tile.own),
         arguments,
-        _constants(call, tile, rows=tile.own, columns=tile.other),
+        _constants(call, tile, grad_out, grad_q, rows=tile.own, columns=tile.other),
         warps=tile.warps,
         stages=tile.stages,
     )
@@ -254,7 +254,7 @@ def key_gradients(
         attention_backward_keys,
         batch * heads * call.geometry.k_blocks * _chunks(call.geometry.k_tile, tile.own),
         arguments,
-        _constants(call, tile, rows=tile.other, columns=tile.own),
+        _constants(call, tile, grad_out, grad_k, grad_v, rows=tile.other, columns=tile.own),
         warps=tile.warps,
         stages=tile.stages,
     )
@@ -292,8 +292,16 @@ def _integers(call: Call, rows: int, heads: int) -> tuple[Any, ...]:
     return (call.scale, rows, heads, groups, *lengths, *grids)
 
 
-def _constants(call: Call, tile: Tile, *, rows: int, columns: int) -> dict[str, Any]:
-    """The compile-time arguments of the attention kernels; rows of queries, columns of keys."""
+def _constants(call: Call, tile: Tile, *others: Tensor, rows: int, columns: int) -> dict[str, Any]:
+    """The compile-time arguments of the attention kernels.
+
+    Args:
+        call: The call.
+        tile: How programs are cut.
+        *others: Tensors with rows, beside those of the call.
+        rows: Rows of queries at a step.
+        columns: Rows of keys at a step.
+    """
     geometry = call.geometry
     return {
         "SUM": _sum_dtype(call.q),
@@ -309,7 +317,7 @@ def _constants(call: Call, tile: Tile, *, rows: int, columns: int) -> dict[str, 
         "K_CHUNKS": _chunks(geometry.k_tile, columns),
         "JOINED": tile.joined,
         "K_FULL": _all_keys_valid(call, columns) and not tile.joined,
-        "WIDE": any(map(_needs_wide_addresses, (call.q, call.k, call.v))),
+        "WIDE": any(map(_needs_wide_addresses, (call.q, call.k, call.v, *others))),
         "PRECISION": _precision(call.q.dtype),
     }
 
@@ -331,10 +339,9 @@ def _padded_head_dim(head_dim: int) -> int:
 
 
 def _needs_wide_addresses(tensor: Tensor) -> bool:
-    # The output has the layout [batch, length, heads, head_dim], the widest of all.
-    _, heads, length, head_dim = tensor.shape
-    reach = max(tensor.stride(2), heads * head_dim) * length
-    return reach >= _ADDRESS_LIMIT
+    """Whether an element is too far from the beginning of its head for 32 bits."""
+    length, head_dim = tensor.shape[2:]
+    return (length - 1) * tensor.stride(2) + head_dim > _ADDRESS_LIMIT
 
 
 def _sum_dtype(tensor: Tensor) -> Any:
