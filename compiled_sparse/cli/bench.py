@@ -114,6 +114,7 @@ def _tune(path: Path) -> dict[str, Any]:
         try:
             return float(do_bench(call, rep=10 * _ROUNDS_PER_TILE, return_mode="median")) / 1e3
         except Exception:  # noqa: BLE001 - a tile that does not fit or compile is no candidate
+            torch.cuda.synchronize()  # raises where it was the device that failed
             return math.inf
 
     chip, device = tuning.current_chip(), torch.device("cuda")

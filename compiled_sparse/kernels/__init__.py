@@ -1,3 +1,3 @@
-"""Triton kernels, imported only by the CUDA implementations of the ops. This release has none."""
+"""Triton kernels, imported only where an op runs on a GPU: docs/gpu.md says what was verified."""
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from compiled_sparse.kernels.tiles import store_rows
 from compiled_sparse.kernels.tiles import visible_keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "q_length"])
 def row_sums(
     grad_out,
     out,
@@ -59,7 +59,7 @@ def row_sums(
     start = (batch * heads + head).to(tl.int64) * q_length
     if HAS_GRAD_LSE:
         sums -= tl.load(grad_lse + start + token, mask=valid, other=0.0)
-    seen = tl.load(lse + start + token, mask=valid, other=0.0) > float("-inf")
+    seen = tl.load(lse + start + token, mask=valid, other=0.0) != float("-inf")
     tl.store(delta + start + token, tl.where(seen, sums, 0.0), mask=valid)
 
 
@@ -144,7 +144,9 @@ def attention_backward_queries(
 
     k_base = head_base(k, k_strides, batch, head // groups)
     v_base = head_base(v, v_strides, batch, head // groups)
-    entries = head_base(indices, (index_batch, index_head), batch, head) + row * index_row
+    entries = (
+        head_base(indices, (index_batch, index_head), batch, head) + row.to(tl.int64) * index_row
+    )
     count = tl.load(head_base(counts, (order_batch, order_head), batch, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], SUM)

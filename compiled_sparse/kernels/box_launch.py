@@ -63,5 +63,7 @@ def _is_power_of_two(side: int) -> bool:
 
 def _is_aligned(tensor: Tensor) -> bool:
     item = tensor.element_size()
-    strides = (stride * item for stride in tensor.stride()[:-1])
-    return tensor.data_ptr() % _ALIGNMENT == 0 and all(s % _ALIGNMENT == 0 for s in strides)
+    strides = [stride * item for stride in tensor.stride()[:-1]]
+    aligned = all(stride % _ALIGNMENT == 0 for stride in strides)
+    # A head that stands for all of them has stride 0, which no box can have.
+    return aligned and min(strides[1:]) > 0 and tensor.data_ptr() % _ALIGNMENT == 0

@@ -128,7 +128,9 @@ def attention_forward_boxes(
     q_rows, factor = positive_factor(q_rows, scale, SUM)
 
     k_head = head // groups
-    entries = head_base(indices, (index_batch, index_head), entry, head) + row * index_row
+    entries = (
+        head_base(indices, (index_batch, index_head), entry, head) + row.to(tl.int64) * index_row
+    )
     count = tl.load(head_base(counts, (order_batch, order_head), entry, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], float("-inf"), SUM)

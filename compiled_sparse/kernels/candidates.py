@@ -31,7 +31,7 @@ def candidates(kernel: str, kind: str, head_dim: int, own: int) -> Iterator[Tile
         return
     for rows in dict.fromkeys((own, 64, 32)):
         yield from _with_rows(kernel, head_dim, rows)
-    if kernel != "forward_boxes" and head_dim <= 128:
+    if kernel != "forward_boxes" and head_dim <= 128 and own == 64:  # blocks of 64, like their own
         yield from (Tile(own, 128, warps, stages, True) for warps in (4, 8) for stages in (2, 1))
 
 

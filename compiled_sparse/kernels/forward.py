@@ -49,7 +49,7 @@ def attend(
 @triton.jit
 def finish(top, total, values):
     """Return the output and the natural log-sum-exp of a running softmax."""
-    seen = total > 0.0
+    seen = total != 0.0  # NaN is seen, and handed on
     total = tl.where(seen, total, 1.0)
     log_sum = tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf"))
     return values / total[:, None], log_sum
@@ -132,7 +132,9 @@ def attention_forward(
 
     k_base = head_base(k, k_strides, batch, head // groups)
     v_base = head_base(v, v_strides, batch, head // groups)
-    entries = head_base(indices, (index_batch, index_head), batch, head) + row * index_row
+    entries = (
+        head_base(indices, (index_batch, index_head), batch, head) + row.to(tl.int64) * index_row
+    )
     count = tl.load(head_base(counts, (order_batch, order_head), batch, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], float("-inf"), SUM)

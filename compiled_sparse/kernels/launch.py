@@ -31,10 +31,14 @@ def run(
     """
     if programs == 0:
         return
-    with _on_device_of(arguments[0]):
+    with on_device_of(arguments[0]):
         kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 
-def _on_device_of(tensor: Tensor) -> Any:
-    # Triton launches on the current device, which need not be that of the tensors.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def on_device_of(tensor: Tensor) -> Any:
+    """Return a context in which the device of a tensor is the current one.
+
+    Triton launches on the current device, which need not be that of the tensors.
+    """
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()

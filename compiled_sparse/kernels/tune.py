@@ -55,8 +55,11 @@ def tune(chip: str, device: torch.device, measure: Measure) -> Iterator[Finding]
         for own in OWN_ROWS:
             problem = _Problem(head_dim, own, device)
             for kernel in tuning.KERNELS:
-                if kernel != "forward_boxes" or takes_boxes(problem.call, chip):
-                    yield _fastest(kernel, problem, measure)
+                if kernel == "forward_boxes" and not takes_boxes(problem.call, chip):
+                    continue
+                finding = _fastest(kernel, problem, measure)
+                if finding.seconds < math.inf:  # else no candidate ran, and the old entry stays
+                    yield finding
 
 
 def updated(record: dict[str, Any], findings: list[Finding]) -> dict[str, Any]:
@@ -69,9 +72,8 @@ def updated(record: dict[str, Any], findings: list[Finding]) -> dict[str, Any]:
     for finding in findings:
         tiles.setdefault(finding.kernel, {})[finding.key] = list(finding.tile)
         seconds[finding.kernel][finding.key] = finding.seconds
-    faster = [
-        seconds["forward_boxes"][key] < seconds["forward"][key] for key in seconds["forward_boxes"]
-    ]
+    rows, boxes = seconds["forward"], seconds["forward_boxes"]
+    faster = [boxes[key] < rows[key] for key in boxes.keys() & rows.keys()]
     return record | {"tiles": tiles, "boxes": sum(faster) * 2 > len(faster)}
 
 
@@ -116,10 +118,11 @@ class _Problem:
 
 
 def _fastest(kernel: str, problem: _Problem, measure: Measure) -> Finding:
-    best = Finding(kernel, "", Tile(0, 0, 0, 0), math.inf)
+    key = f"half:{problem.head_dim}:{problem.own}"
+    best = Finding(kernel, key, Tile(0, 0, 0, 0), math.inf)
     for tile in candidates(kernel, "half", problem.head_dim, problem.own):
         with tuning.demanding(kernel, tile):
             seconds = measure(lambda: problem.run(kernel))
         if seconds < best.seconds:
-            best = Finding(kernel, f"half:{problem.head_dim}:{problem.own}", tile, seconds)
+            best = Finding(kernel, key, tile, seconds)
     return best

@@ -58,10 +58,12 @@ def block_sparse_forward(
         DtypeError: if the dtype has none.
     """
     from compiled_sparse.kernels import attention
+    from compiled_sparse.kernels.launch import on_device_of
 
     lists = (block_indices, block_counts)
-    call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
-    attention.block_sparse_forward(call, *outputs)
+    with on_device_of(q):
+        call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
+        attention.block_sparse_forward(call, *outputs)
 
 
 def block_sparse_backward(
@@ -107,17 +109,19 @@ def block_sparse_backward(
         DtypeError: as in the forward.
     """
     from compiled_sparse.kernels import attention
+    from compiled_sparse.kernels.launch import on_device_of
 
     lists = (block_indices, block_counts)
-    call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
-    attention.block_sparse_backward(
-        call,
-        _unit_last_stride(grad_out),
-        None if grad_lse is None else grad_lse.contiguous(),
-        _unit_last_stride(out),
-        lse.contiguous(),
-        gradients,
-    )
+    with on_device_of(q):
+        call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
+        attention.block_sparse_backward(
+            call,
+            _unit_last_stride(grad_out),
+            None if grad_lse is None else grad_lse.contiguous(),
+            _unit_last_stride(out),
+            lse.contiguous(),
+            gradients,
+        )
     if call.q.dtype == torch.float64:
         gradients[0].mul_(scale)
 
@@ -150,7 +154,7 @@ def _call(
         k_blocks=kv_layout.num_blocks,
     )
     q, k, v = map(_unit_last_stride, (q, k, v))
-    indices, counts = map(_stored_once, lists)
+    indices, counts = _stored_once(*lists)
     mask = None if key_mask is None else key_mask.contiguous()
     return Call(q, k, v, indices, counts, mask, geometry, scale)
 
@@ -181,9 +185,9 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _stored_once(lists: Tensor) -> Tensor:
-    """Contiguous lists; expanded over batch entries or heads, they are stored once."""
+def _stored_once(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous lists; where both are expanded over batch entries or heads, stored once."""
     for axis in (0, 1):
-        if lists.stride(axis) == 0:
-            lists = lists.narrow(axis, 0, 1)
-    return lists.contiguous()
+        if indices.stride(axis) == 0 and counts.stride(axis) == 0:
+            indices, counts = indices.narrow(axis, 0, 1), counts.narrow(axis, 0, 1)
+    return indices.contiguous(), counts.contiguous()

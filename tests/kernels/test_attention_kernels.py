@@ -161,6 +161,35 @@ def test_float64_is_not_rounded_on_the_way() -> None:
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize("expanded", ["indices", "counts"])
+def test_one_of_the_two_lists_may_be_expanded(expanded: str) -> None:
+    geometry = Geometry((13,), (4,), (5,), text_after=3)
+    rows, blocks = len(geometry.q_blocks), len(geometry.kv_blocks)
+    indices, counts = helpers.random_lists((1, 2), rows, blocks)
+    if expanded == "counts":
+        counts = torch.full((1, 1, 1), 2, dtype=torch.int32).expand(1, 2, rows)
+        indices = torch.rand(1, 2, rows, blocks).argsort(-1).int()
+    else:
+        indices = torch.arange(blocks).int().expand(1, 2, rows, blocks)
+    mask = oracle.list_mask(indices, counts, geometry.q_blocks, geometry.kv_blocks)
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return cs.ops.block_sparse_attention(q, k, v, indices, counts, **geometry.arguments())
+
+    tensors = geometry.tensors(1, 2, 2, head_dim=16)
+    helpers.assert_matches_oracle(op, *tensors, mask, rounded=True)
+
+
+def test_nan_in_a_query_is_handed_on() -> None:
+    q, k, v = TEXT.tensors(1, 1, 1, head_dim=16)
+    q[0, 0, 7] = float("nan")
+    lists = helpers.full_lists(len(TEXT.q_blocks), len(TEXT.kv_blocks))
+    out, lse = cs.ops.block_sparse_attention(q, k, v, *lists, **TEXT.arguments())
+    assert bool(lse.isnan()[0, 0, 7])
+    assert bool(out[0, 0, 7].isnan().all())
+    assert int(out.isnan().sum()) == 16
+
+
 def test_the_same_call_gives_the_same_bits() -> None:
     leaves = [each.requires_grad_() for each in TEXT.tensors(1, 2, 1, head_dim=16)]
     lists = TEXT.lists(1, 2)

@@ -33,7 +33,8 @@ GEOMETRIES = {
 
 
 @pytest.fixture(
-    params=["cpu", pytest.param("gpu", marks=pytest.mark.slow)], ids=lambda name: f"{name} kernels"
+    params=["cpu", pytest.param("gpu", marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=lambda name: f"{name} kernels",
 )
 def device_kernels(request: pytest.FixtureRequest) -> None:
     """Run every test on the CPU's kernels, and on those for GPUs under Triton's interpreter."""

@@ -126,8 +126,10 @@ def test_errors_say_what_to_do(case: Case) -> None:
 
 
 def test_lists_for_all_heads_are_stored_once() -> None:
-    lists = torch.arange(12, dtype=torch.int32).view(1, 1, 3, 4)
-    assert gpu._stored_once(lists.expand(2, 5, -1, -1)).shape == (1, 1, 3, 4)
-    assert gpu._stored_once(lists.repeat(2, 5, 1, 1)).shape == (2, 5, 3, 4)
-    strided = lists.repeat(1, 2, 1, 1)[..., ::2]
-    assert gpu._stored_once(strided).is_contiguous()
+    indices = torch.arange(12, dtype=torch.int32).view(1, 1, 3, 4)
+    counts = torch.full((1, 1, 3), 4, dtype=torch.int32)
+    shared = gpu._stored_once(indices.expand(2, 5, -1, -1), counts.expand(2, 5, -1))
+    assert [each.shape[:2] for each in shared] == [(1, 1), (1, 1)]
+    half_shared = gpu._stored_once(indices.expand(2, 5, -1, -1), counts.repeat(2, 5, 1))
+    assert [each.shape[:2] for each in half_shared] == [(2, 5), (2, 5)]
+    assert all(each.is_contiguous() for each in (*shared, *half_shared))
