@@ -47,6 +47,7 @@ class CheckCase:
         grad_strides: The same for the gradient of the output.
         scale: Softmax scale; None for the default.
         magnitude: What q and k are multiplied by.
+        variant: Kernels beside the default ones: "boxes" or "pairs" (see `variants`).
     """
 
     grid: Extents
@@ -66,6 +67,7 @@ class CheckCase:
     grad_strides: str = ""
     scale: float | None = None
     magnitude: float = 1.0
+    variant: str = ""
 
     @property
     def layouts(self) -> tuple[BlockLayout, BlockLayout]:
@@ -98,7 +100,7 @@ def _times(extents: Extents) -> str:
 
 def check_cases() -> list[CheckCase]:
     """Return all cases, each once."""
-    groups = (_basic(), _tiles(), _text(), _features(), _strides())
+    groups = (_basic(), _tiles(), _text(), _features(), _strides(), _variants())
     return list(dict.fromkeys(case for group in groups for case in group))
 
 
@@ -113,6 +115,7 @@ def quick_cases() -> list[CheckCase]:
         dataclasses.replace(small, dtype=torch.bfloat16, kv_tile=(3, 2, 2), list_shape=(1, 1)),
         lines,
         dataclasses.replace(lines, lists="none"),
+        dataclasses.replace(lines, variant="pairs"),
     ]
 
 
@@ -197,3 +200,16 @@ def _strides() -> Iterator[CheckCase]:
         yield CheckCase(
             grid=(5, 9, 10), q_tile=(2, 8, 8), grad_strides=strides, batch=2, heads=3, text=(7, 30)
         )
+
+
+def _variants() -> Iterator[CheckCase]:
+    """Kernels that are no default: tiles fetched as boxes, and two blocks in one product."""
+    boxes = CheckCase(grid=(5, 9, 10), q_tile=(4, 4, 4), batch=2, kv_heads=1, variant="boxes")
+    for head_dim in (16, 80, 128, 256):
+        for text in ((0, 0), (7, 77)):
+            yield dataclasses.replace(boxes, head_dim=head_dim, text=text)
+    for tile in ((2, 8, 8), (4, 8, 8), (1, 8, 8)):
+        yield dataclasses.replace(boxes, q_tile=tile, head_dim=128, text=(7, 77))
+    yield dataclasses.replace(boxes, grid=(4, 8, 8), head_dim=128, dtype=torch.float16)
+    for tile in ((4, 4, 4), (3, 5, 4)):
+        yield dataclasses.replace(boxes, q_tile=tile, head_dim=128, text=(7, 77), variant="pairs")

@@ -29,6 +29,7 @@ from benchmarks.gpu.reference import scatter_rows
 from benchmarks.gpu.settings import CaseFunction
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.settings import SkippedError
+from benchmarks.gpu.variants import variant
 from compiled_sparse import ops
 from compiled_sparse.layout import BlockLayout
 
@@ -68,12 +69,13 @@ def check(case: CheckCase, device: torch.device) -> dict[str, Any]:
     def call() -> dict[str, Tensor]:
         return _call(case, inputs, lists, key_mask, weights)
 
-    with poisoned_memory():
+    with variant(case.variant, device), poisoned_memory():
         results = call()
     problem = _problem(case, inputs, lists, key_mask, weights)
     errors = check_errors(results, exact(problem), list(plain(problem)))
     _check_outputs(results, inputs[0], problem.empty)
-    _check_same_bits(call(), call())
+    with variant(case.variant, device):
+        _check_same_bits(call(), call())
     return {"errors_over_plain": {name: round(ratio, 3) for name, ratio in errors.items()}}
 
 

@@ -42,7 +42,30 @@ def cases(settings: Settings) -> dict[str, CaseFunction]:
         for dtype in (LOW, FULL):
             name = f"STA {str(dtype).removeprefix('torch.')}{suffix}"
             functions[name] = functools.partial(_sta, grid, dtype, masked, device)
+    for dtype in (LOW, FULL):
+        name = f"tile_mean and top_k_blocks {str(dtype).removeprefix('torch.')}"
+        functions[name] = functools.partial(_selection, grid, dtype, device)
     return functions
+
+
+def _selection(grid: Grid, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Compare means of blocks, and lists of the highest scores, with those of the CPU."""
+    x, y, _ = _inputs(grid, device, dtype, 64)
+    layout = {"grid": grid, "tile": TILE, "text_before": TEXT.before, "text_after": TEXT.after}
+    means, others = (cs.ops.tile_mean(each, **layout) for each in (x, y))
+    expected = cs.ops.tile_mean(x.cpu().double(), **layout)
+    error = (means.cpu().double() - expected).abs()
+    budget = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6
+    assert bool((error <= budget).all()), f"mean off by {float((error - budget).max()):.3e}"
+    scores = (means @ others.mT).contiguous()
+    scores[..., ::3] = scores[..., :1]  # ties
+    for k in (1, 5, torch.tensor(3, device=device)):
+        most = {} if isinstance(k, int) else {"max_k": 7}
+        lists = cs.ops.top_k_blocks(scores, k, **most)
+        wanted = cs.ops.top_k_blocks(scores.cpu(), k if isinstance(k, int) else k.cpu(), **most)
+        for list_, want in zip(lists, wanted, strict=True):
+            assert torch.equal(list_.cpu(), want), f"lists differ at k = {int(k)}"
+    return {"largest_error": float(error.max())}
 
 
 def _inputs(grid: Grid, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
