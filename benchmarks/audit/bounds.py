@@ -48,7 +48,8 @@ def violations(
         yield f"{used.registers} registers for {warps} warps, {REGISTERS} exist"
     if kernel not in MATRIX_KERNELS or not matrix:
         return
-    wanted = MATRIX_KIND.get(chip, "HMMA") if wide_rows else "MMA"
+    kind = MATRIX_KIND.get(chip, "HMMA")
+    wanted = kind if wide_rows or chip.startswith("gfx") else "MMA"
     if wanted not in used.matrix_kind:
         yield f"no {wanted} instruction"
     if kernel == "attention_forward_boxes" and not used.bulk_loads:
