@@ -23,7 +23,8 @@ class Usage:
 
     Args:
         registers: Per thread.
-        spilled: Bytes of stack per thread on NVIDIA chips, spilled vector registers on AMD.
+        spilled: Bytes of stack per thread on NVIDIA chips where the code uses it, spilled vector
+            registers on AMD.
         shared: Bytes of shared memory per program.
         matrix: Matrix instructions in the code.
         bulk_loads: Tensor loads by the bulk copy engine (UTMALDG).
@@ -59,10 +60,11 @@ def _nvidia(cubin: bytes, shared: int) -> Usage:
         resources = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     counts = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\w+)", code, re.M))
+    stack = _number(r"STACK:(\d+)", resources) + _number(r"LOCAL:(\d+)", resources)
     kinds = [kind for kind in _MATRIX if counts[kind]]
     return Usage(
         registers=_number(r"REG:(\d+)", resources),
-        spilled=_number(r"STACK:(\d+)", resources) + _number(r"LOCAL:(\d+)", resources),
+        spilled=stack if counts["STL"] + counts["LDL"] else 0,
         shared=shared,
         matrix=sum(counts[kind] for kind in kinds),
         bulk_loads=counts["UTMALDG"],

@@ -31,7 +31,7 @@ from compiled_sparse.kernels.tuning import Tile
 Sides = tuple[int, int, int]
 
 _ADDRESS_LIMIT = 2**31
-_ROW_SUM_ELEMENTS = 8192
+_ROW_SUM_ELEMENTS = 2048
 
 
 class Geometry(NamedTuple):
@@ -190,7 +190,7 @@ def _row_sums(
     batch, heads, length, head_dim = call.q.shape
     strides = (_strides(grad_out), _strides(out))
     arguments = (grad_out, out, lse, grad_lse, delta, *strides, heads, length)
-    rows = _ROW_SUM_ELEMENTS // _padded_head_dim(head_dim)
+    rows = min(64, _ROW_SUM_ELEMENTS // _padded_head_dim(head_dim))
     constants = {
         "HAS_GRAD_LSE": grad_lse is not None,
         "SUM": _sum_dtype(call.q),
