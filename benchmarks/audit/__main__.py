@@ -37,9 +37,15 @@ def main() -> int:
             line = [str(record.get(column, "")) for column in COLUMNS]
             print("\t".join([*line, "; ".join(record["violations"])]), flush=True)
     if arguments.output:
-        document = {"triton": triton.__version__, "torch": torch.__version__, "kernels": records}
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        arguments.output.write_text(_document(records))
     return int(any(record["violations"] for record in records))
+
+
+def _document(records: list[dict[str, Any]]) -> str:
+    """One record per line, so that a difference between two documents is readable."""
+    versions = f'"triton": "{triton.__version__}", "torch": "{torch.__version__}"'
+    lines = ",\n".join(map(json.dumps, records))
+    return f'{{{versions}, "kernels": [\n{lines}\n]}}\n'
 
 
 if __name__ == "__main__":
