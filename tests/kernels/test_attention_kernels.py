@@ -115,6 +115,7 @@ def test_boxes_by_the_bulk_copy_engine(
     assert "attention_forward" not in launched
 
 
+@pytest.mark.slow
 def test_boxes_smaller_than_a_tile(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tuning.BOXES_VARIABLE, "1")
     cut(monkeypatch, SMALL_STEPS)

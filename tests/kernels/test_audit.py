@@ -40,6 +40,7 @@ def audit(output: Path, *arguments: str, path: Path | None = None) -> list[dict[
     return records
 
 
+@pytest.mark.slow
 def test_the_most_used_variants_keep_the_bounds(tmp_path: Path) -> None:
     records = audit(tmp_path / "record.json", "--quick", "--chips", "sm_90")
     assert {record["kernel"] for record in records} == KERNELS | {"attention_forward_boxes"}
