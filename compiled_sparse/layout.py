@@ -160,6 +160,12 @@ def check_extents(name: str, extents: Any) -> None:
     )
 
 
+def three_axes(sides: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return the sides of a grid or tile of one to three axes with leading ones."""
+    t, h, w = (1,) * (MAX_GRID_AXES - len(sides)) + sides
+    return t, h, w
+
+
 def as_grid(value: object) -> tuple[int, ...]:
     """Return what was given as a grid, as a tuple of plain integers.
 

@@ -50,13 +50,7 @@ def check_tensors(
         DeviceError: if the tensors are on different devices.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ShapeError(
-                f"{name} has the wrong rank",
-                got=f"{name} of shape {tuple(tensor.shape)}",
-                expected="[batch, heads, length, head_dim]",
-                next_step=f"reshape {name}; heads come before length",
-            )
+        check_rank(name, tensor)
     if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise DtypeError(
             "q, k and v have unsupported or different dtypes",
@@ -78,6 +72,64 @@ def check_tensors(
             got=", ".join(sorted(str(device) for device in devices)),
             expected="q, k, v, key_mask and block lists on one device",
             next_step=f"move them to {q.device}",
+        )
+
+
+def check_rank(
+    name: str,
+    tensor: Tensor,
+    *,
+    axes: str = "[batch, heads, length, head_dim]",
+    after_heads: str = "length",
+) -> None:
+    """Check that a tensor has four axes.
+
+    Args:
+        name: What the caller calls it.
+        tensor: The tensor; a fake one will do.
+        axes: Its four axes, for the message.
+        after_heads: What comes after the heads, for the message.
+
+    Raises:
+        ShapeError: if it has not.
+    """
+    if tensor.dim() != 4:
+        raise ShapeError(
+            f"{name} has the wrong rank",
+            got=f"{name} of shape {tuple(tensor.shape)}",
+            expected=axes,
+            next_step=f"reshape {name}; heads come before {after_heads}",
+        )
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Check that the ops take a tensor's dtype.
+
+    Raises:
+        DtypeError: if they do not.
+    """
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise DtypeError(
+            f"{name} has an unsupported dtype",
+            got=str(tensor.dtype),
+            expected="one dtype among " + ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES),
+            next_step=f"cast {name} to one of these",
+        )
+
+
+def check_length(name: str, tensor: Tensor, layout: BlockLayout) -> None:
+    """Check that a tensor [batch, heads, length, head_dim] is as long as its layout says.
+
+    Raises:
+        LayoutError: if it is not.
+    """
+    if tensor.shape[2] != layout.num_tokens:
+        raise LayoutError(
+            f"grid and text do not add up to the length of {name}",
+            got=f"{name} of length {tensor.shape[2]}, grid {layout.grid}, "
+            f"text {layout.text_before} before and {layout.text_after} after",
+            expected=f"length {layout.num_tokens}",
+            next_step="pass the grid in tokens after patching, and the text token counts",
         )
 
 
@@ -134,15 +186,8 @@ def resolve_layouts(
     kv_grid = (k.shape[2] - text,) if len(grid) == 1 else tuple(grid)
     q_layout = BlockLayout(tuple(grid), tuple(q_tile), text_before, text_after)
     kv_layout = BlockLayout(kv_grid, tuple(kv_tile), text_before, text_after)
-    for name, tensor, layout in (("q", q, q_layout), ("k", k, kv_layout)):
-        if tensor.shape[2] != layout.num_tokens:
-            raise LayoutError(
-                f"grid and text do not add up to the length of {name}",
-                got=f"{name} of length {tensor.shape[2]}, grid {layout.grid}, "
-                f"text {text_before} before and {text_after} after",
-                expected=f"length {layout.num_tokens}",
-                next_step="pass the grid in tokens after patching, and the text token counts",
-            )
+    check_length("q", q, q_layout)
+    check_length("k", k, kv_layout)
     return q_layout, kv_layout
 
 

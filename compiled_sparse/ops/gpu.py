@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compiled_sparse.errors import DtypeError
 from compiled_sparse.errors import ShapeError
-from compiled_sparse.layout import MAX_GRID_AXES
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.layout import three_axes
 
 if TYPE_CHECKING:
     from compiled_sparse.kernels.attention import Call
@@ -144,10 +144,10 @@ def _call(
         # Triton passes numbers in float32, which would round the scale.
         q, scale = q * scale, 1.0
     geometry = Geometry(
-        q_grid=_three_axes(q_layout.grid),
-        k_grid=_three_axes(kv_layout.grid),
-        q_tile=_three_axes(q_layout.tile),
-        k_tile=_three_axes(kv_layout.tile),
+        q_grid=three_axes(q_layout.grid),
+        k_grid=three_axes(kv_layout.grid),
+        q_tile=three_axes(q_layout.tile),
+        k_tile=three_axes(kv_layout.tile),
         before=q_layout.text_before,
         behind=q_layout.text_after,
         q_blocks=q_layout.num_blocks,
@@ -174,11 +174,6 @@ def _check(q: Tensor) -> None:
             expected=f"at most {MAX_HEAD_DIM}",
             next_step="leave these calls dense (policy 'dense'), or run them on the CPU",
         )
-
-
-def _three_axes(sides: tuple[int, ...]) -> tuple[int, int, int]:
-    t, h, w = (1,) * (MAX_GRID_AXES - len(sides)) + sides
-    return t, h, w
 
 
 def _unit_last_stride(tensor: Tensor) -> Tensor:

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_sparse.errors import DtypeError
-from compiled_sparse.errors import LayoutError
-from compiled_sparse.errors import ShapeError
-from compiled_sparse.layout import MAX_GRID_AXES
 from compiled_sparse.layout import BlockLayout
-from compiled_sparse.ops.checks import SUPPORTED_DTYPES
+from compiled_sparse.layout import three_axes
+from compiled_sparse.ops.checks import check_dtype
+from compiled_sparse.ops.checks import check_length
+from compiled_sparse.ops.checks import check_rank
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import block_tokens
@@ -78,14 +77,7 @@ def _forward(
 ) -> Tensor:
     _check(x)
     layout = BlockLayout(tuple(grid), tuple(tile), text_before, text_after)
-    if x.shape[2] != layout.num_tokens:
-        raise LayoutError(
-            "grid and text do not add up to the length of x",
-            got=f"x of length {x.shape[2]}, grid {layout.grid}, text {text_before} before and "
-            f"{text_after} after",
-            expected=f"length {layout.num_tokens}",
-            next_step="pass the grid in tokens after patching, and the text token counts",
-        )
+    check_length("x", x, layout)
     means = x.new_empty((*x.shape[:2], layout.num_blocks, x.shape[3]))
     if not means.numel():
         return means
@@ -94,7 +86,7 @@ def _forward(
     if uses_gpu_kernels(x):
         from compiled_sparse.kernels import pooling
 
-        sides = _three_axes(layout.grid), _three_axes(layout.tile)
+        sides = three_axes(layout.grid), three_axes(layout.tile)
         pooling.tile_mean(x, *sides, (text_before, text_after), layout.num_blocks, means)
     else:
         _cpu(x, layout, means)
@@ -102,25 +94,8 @@ def _forward(
 
 
 def _check(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ShapeError(
-            "x has the wrong rank",
-            got=f"x of shape {tuple(x.shape)}",
-            expected="[batch, heads, length, head_dim]",
-            next_step="reshape x; heads come before length",
-        )
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise DtypeError(
-            "x has an unsupported dtype",
-            got=str(x.dtype),
-            expected="one dtype among " + ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES),
-            next_step="cast x to one of these",
-        )
-
-
-def _three_axes(sides: tuple[int, ...]) -> tuple[int, int, int]:
-    t, h, w = (1,) * (MAX_GRID_AXES - len(sides)) + sides
-    return t, h, w
+    check_rank("x", x)
+    check_dtype("x", x)
 
 
 def _cpu(x: Tensor, layout: BlockLayout, means: Tensor) -> None:

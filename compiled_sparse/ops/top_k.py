@@ -16,7 +16,8 @@ from torch import Tensor
 from compiled_sparse.errors import DeviceError
 from compiled_sparse.errors import DtypeError
 from compiled_sparse.errors import ShapeError
-from compiled_sparse.ops.checks import SUPPORTED_DTYPES
+from compiled_sparse.ops.checks import check_dtype
+from compiled_sparse.ops.checks import check_rank
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.routing import uses_gpu_kernels
@@ -92,20 +93,9 @@ def _forward(scores: Tensor, max_k: int, k: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _check(scores: Tensor, k: Tensor | None) -> None:
-    if scores.dim() != 4:
-        raise ShapeError(
-            "scores has the wrong rank",
-            got=f"scores of shape {tuple(scores.shape)}",
-            expected="[batch, heads, query blocks, key blocks]",
-            next_step="reshape scores; heads come before blocks",
-        )
-    if scores.dtype not in SUPPORTED_DTYPES:
-        raise DtypeError(
-            "scores has an unsupported dtype",
-            got=str(scores.dtype),
-            expected="one dtype among " + ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES),
-            next_step="cast scores to one of these",
-        )
+    axes = "[batch, heads, query blocks, key blocks]"
+    check_rank("scores", scores, axes=axes, after_heads="blocks")
+    check_dtype("scores", scores)
     if k is None:
         return
     if k.dim() != 0:

@@ -99,6 +99,14 @@ CASES = {
         "cast q, k and v",
         lambda: call(v=Q.double()),
     ),
+    "dtype of one tensor": Case(
+        errors.DtypeError,
+        "x has an unsupported dtype",
+        "torch.int32",
+        "one dtype among torch.float32",
+        "cast x to one of these",
+        lambda: cs.ops.tile_mean(Q.int(), grid=(12,), tile=(4,)),
+    ),
     "mask dtype": Case(
         errors.DtypeError,
         "key_mask is not boolean",
