@@ -17,6 +17,7 @@ from compiled_sparse.config import STA
 from compiled_sparse.config import SWBA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
+from compiled_sparse.config_vsa import VSA
 from compiled_sparse.explain import explain
 from compiled_sparse.export import rewrite_exported
 from compiled_sparse.force import force
@@ -28,11 +29,13 @@ from compiled_sparse.metadata import step_callback
 from compiled_sparse.ops import attention
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import quality
+from compiled_sparse.sparsity import sparsity_ramp
 from compiled_sparse.windows import WindowTable
 
 __all__ = [
     "STA",
     "SWBA",
+    "VSA",
     "Auto",
     "Dense",
     "Guard",
@@ -51,5 +54,6 @@ __all__ = [
     "reference",
     "rewrite_exported",
     "sparse",
+    "sparsity_ramp",
     "step_callback",
 ]

@@ -33,11 +33,13 @@ class MechanismConfig:
 
     Subclasses are frozen dataclasses that set `name`; `compiled_sparse.registry` makes them known.
     With `grid_is_sequence` the mechanism is given the whole sequence, text included, as a grid of
-    one axis, and no other grid need be known.
+    one axis, and no other grid need be known. With `has_sparsity` it has a field `sparsity`, which
+    the sparsity of `cs.metadata` replaces.
     """
 
     name: ClassVar[str] = ""
     grid_is_sequence: ClassVar[bool] = False
+    has_sparsity: ClassVar[bool] = False
 
     @property
     def num_axes(self) -> int | None:
@@ -66,6 +68,11 @@ class MechanismConfig:
         """The table of windows by step and layer, if there is one."""
         return None
 
+    @property
+    def gate_name(self) -> str | None:
+        """The learned gate this config needs in every attention module, by the module's name."""
+        return None
+
     def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
         """Return the config at a step in a layer; the same one unless it holds a schedule."""
         return self
@@ -76,6 +83,23 @@ class MechanismConfig:
         Raises:
             ConfigError: if it does not.
         """
+
+    def check_gate(self, gate: bool) -> None:
+        """Check that the config makes use of a gate if one is given.
+
+        Args:
+            gate: Whether there is one.
+
+        Raises:
+            ConfigError: if it does not, or lacks one it needs.
+        """
+        if gate:
+            raise ConfigError(
+                f"{self.name or type(self).__name__} takes no gate",
+                got="a gate tensor",
+                expected="gate=None",
+                next_step="leave the gate out, or name a mechanism that has one, such as VSA()",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values, with `version` and `mechanism`."""
@@ -187,9 +211,9 @@ class STA(MechanismConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window_thw", _as_windows(self.window_thw))
-        object.__setattr__(self, "tile_thw", _as_extents(self.tile_thw))
+        object.__setattr__(self, "tile_thw", as_extents(self.tile_thw))
         windows = self.windows
-        _require_extents("STA.window_thw", windows, self.window_thw)
+        require_extents("STA.window_thw", windows, self.window_thw)
         if len({len(window) for window in windows}) != 1:
             raise ConfigError(
                 "STA.window_thw has windows of different lengths",
@@ -199,7 +223,7 @@ class STA(MechanismConfig):
             )
         if self.tile_thw == "auto":
             return
-        _require_extents("STA.tile_thw", (self.tile_thw,), self.tile_thw)
+        require_extents("STA.tile_thw", (self.tile_thw,), self.tile_thw)
         if len(self.tile_thw) != self.num_axes:
             raise ConfigError(
                 "STA.window_thw and STA.tile_thw have different numbers of axes",
@@ -432,10 +456,11 @@ def parse_json_object(text: str) -> dict[str, Any]:
 def _as_windows(value: Any) -> Any:
     if isinstance(value, Mapping):
         return WindowTable.from_dict(value)
-    return _as_extents(value)
+    return as_extents(value)
 
 
-def _as_extents(value: Any) -> Any:
+def as_extents(value: Any) -> Any:
+    """Return sides of a box, given as an integer, list or tuple, as a tuple; checks nothing."""
     return (value,) if isinstance(value, int) else _as_tuples(value)
 
 
@@ -443,7 +468,13 @@ def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
+def require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
+    """Check that each of `values` is a tuple of one to three positive integers.
+
+    Raises:
+        ConfigError: naming the field `name` and what was given, `shown`, if one is not.
+    """
+
     def valid(extents: Any) -> bool:
         return (
             isinstance(extents, tuple) and 1 <= len(extents) <= 3 and all(map(_is_count, extents))

@@ -51,6 +51,16 @@ def swba_density(length: int, block: int, window: int) -> float:
     return pairs / length**2
 
 
+def top_k_density(layout: BlockLayout, kept: int) -> float:
+    """Fraction of token pairs attended where each tile keeps some tiles, and text is attended.
+
+    Which tiles are kept is not known: they are taken to hold as many tokens as tiles do on average.
+    """
+    video, text = layout.num_video_tokens, layout.text_before + layout.text_after
+    pairs = video * video * kept / layout.num_video_blocks + video * text + text * layout.num_tokens
+    return pairs / layout.num_tokens**2
+
+
 def _axis_token_pairs(extent: int, side: int, nominal: int) -> int:
     num_tiles = -(-extent // side)
     sizes = [min(side, extent - tile * side) for tile in range(num_tiles)]

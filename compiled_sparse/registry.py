@@ -41,6 +41,10 @@ KERNEL_EFFICIENCY = 0.8
 """Share of the ideal speed-up (1 / density) the kernel reaches; see benchmarks/README.md."""
 
 RUNTIME_INPUTS = ("step", "sparsity", "layer", "windows")
+"""Tensors an op may ask for; each is always there."""
+
+OPTIONAL_INPUTS = ("given_sparsity", "gate")
+"""Those an op is given as a tensor or as None: the sparsity of `cs.metadata`, a module's gate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ class OpCall(NamedTuple):
     Args:
         op: The op, returning the output and the log-sum-exp.
         arguments: Its static arguments; sizes may be symbolic, or graph nodes.
-        runtime_inputs: Names among `RUNTIME_INPUTS` of the tensors that follow them.
+        runtime_inputs: Names among `RUNTIME_INPUTS` and `OPTIONAL_INPUTS` of the tensors that
+            follow them.
     """
 
     op: Any

@@ -46,7 +46,7 @@ def call_tensor(
     """Return what a mechanism reads under a name; what nobody said of a call counts as 0.
 
     Args:
-        name: "step", "sparsity" or "windows".
+        name: "step", "sparsity", "given_sparsity" or "windows".
         call: Step and sparsity.
         device: Where the tensor lives.
         table: The table of the mechanism's config.
@@ -56,7 +56,7 @@ def call_tensor(
     """
     if name == "step":
         return index_tensor(call.step or 0, device)
-    if name == "sparsity":
+    if name in ("sparsity", "given_sparsity"):
         return sparsity_tensor(call.sparsity or 0.0, device)
     if table is None:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Literal
 from typing import overload
@@ -39,6 +40,8 @@ def attention(
     scale: float | None = ...,
     step: int | None = ...,
     layer: int | None = ...,
+    sparsity: float | Tensor | None = ...,
+    gate: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -56,6 +59,8 @@ def attention(
     scale: float | None = ...,
     step: int | None = ...,
     layer: int | None = ...,
+    sparsity: float | Tensor | None = ...,
+    gate: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -72,6 +77,8 @@ def attention(
     scale: float | None = None,
     step: int | None = None,
     layer: int | None = None,
+    sparsity: float | Tensor | None = None,
+    gate: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one mechanism, eagerly or inside any compiled function.
@@ -89,6 +96,10 @@ def attention(
         step: Denoising step, for a config with a table of windows; None means that of
             `cs.metadata`, else the first. Traced code has no metadata: pass it there.
         layer: Layer, for the same.
+        sparsity: Fraction of the work to leave out, in place of the config's (`VSA`); None means
+            that of `cs.metadata`, else the config's. As a float64 tensor without axes it changes
+            from call to call of a compiled function without a recompilation.
+        gate: [batch, query heads, length, head_dim], what weighs the compressed branch of `VSA`.
         return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
 
     Returns:
@@ -107,6 +118,8 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         _check_arguments(grid_thw, text, step, layer)
+    if isinstance(config, MechanismConfig):
+        config.check_gate(gate is not None)
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
     given: object = config
@@ -128,13 +141,27 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
-    if step is None and not torch.compiler.is_compiling():
-        step = current_call().step
+    if sparsity is not None and not config.has_sparsity:
+        raise ConfigError(
+            f"{config.name} has no sparsity that could be replaced",
+            got=f"sparsity={sparsity!r}",
+            expected="sparsity=None",
+            next_step="choose the work to leave out in the config, by its window for instance",
+        )
+    if not torch.compiler.is_compiling():
+        step = current_call().step if step is None else step
+        sparsity = current_call().sparsity if sparsity is None else sparsity
     config = config.at(step, layer)
+    if config.has_sparsity and sparsity is not None and not isinstance(sparsity, Tensor):
+        config = dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
-    runtime = [_runtime_tensor(name, config, step, layer, q.device) for name in call.runtime_inputs]
+    optional = {"given_sparsity": sparsity if isinstance(sparsity, Tensor) else None, "gate": gate}
+    runtime = [
+        optional[name] if name in optional else _runtime_tensor(name, config, step, layer, q.device)
+        for name in call.runtime_inputs
+    ]
     out, lse = call.op(q, k, v, key_mask, *call.arguments, *runtime, scale)
     return (out, lse) if return_lse else out
 

@@ -65,6 +65,25 @@ def _tiles(layout: BlockLayout) -> Tensor:
 
 
 @lru_cache(maxsize=_CACHE_SIZE)
+def tile_of_token(layout: BlockLayout, device: torch.device) -> Tensor:
+    """Return the tile that each video token belongs to.
+
+    Args:
+        layout: A grid without text.
+        device: Where the result lives.
+
+    Returns:
+        int32 [tokens of the grid].
+    """
+    tokens = block_tokens(layout)
+    is_token = tokens >= 0
+    tiles = torch.arange(layout.num_blocks, dtype=torch.int32)[:, None].expand_as(tokens)
+    index = torch.empty(layout.num_video_tokens, dtype=torch.int32)
+    index[tokens[is_token]] = tiles[is_token]
+    return index.to(device)
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
 def sta_lists(
     layout: BlockLayout, windows: tuple[Window, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:

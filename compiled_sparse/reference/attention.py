@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ def attention(
     scale: float | None = None,
     step: int | None = None,
     layer: int | None = None,
+    sparsity: float | None = None,
+    gate: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense masked attention with the signature and meaning of `compiled_sparse.attention`.
@@ -50,6 +54,8 @@ def attention(
         scale: Softmax scale; None means `head_dim ** -0.5`.
         step: Denoising step, for a config with a table of windows; None means the first.
         layer: Layer, for the same.
+        sparsity: Fraction of the work to leave out, in place of the config's (`VSA`).
+        gate: [batch, query heads, length, head_dim], what weighs the compressed branch of `VSA`.
         return_lse: Also return the natural log-sum-exp.
 
     Returns:
@@ -60,13 +66,25 @@ def attention(
         LayoutError: if grid and text do not add up to the lengths.
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
+    config.check_gate(gate is not None)
     config = config.at(step, layer)
+    if config.has_sparsity and sparsity is not None:
+        config = dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
     if config.grid_is_sequence:
         grid_thw, text = _sequence(q.shape[2], grid_thw, text or Text()), None
     mechanism = mechanism_of(config)
     if mechanism is not None and mechanism.reference is not None:
+        optional = {} if gate is None else {"gate": gate}
         both = mechanism.reference(
-            q, k, v, config, grid_thw=grid_thw, text=text, key_mask=key_mask, scale=scale
+            q,
+            k,
+            v,
+            config,
+            grid_thw=grid_thw,
+            text=text,
+            key_mask=key_mask,
+            scale=scale,
+            **optional,
         )
         return both if return_lse else both[0]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,0 +1,119 @@
+"""From tokens to tiles and back: means of tiles, and a tile's value for each of its tokens.
+
+Where they are traced both are ordinary operations, one axis after the other, which a compiler fuses
+with what surrounds them; summed over all axes at once they are ten times slower there. Eagerly they
+are the op `tile_mean` and its adjoint, which read everything once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from compiled_sparse.layout import BlockLayout
+from compiled_sparse.ops.plan import tile_of_token
+from compiled_sparse.ops.tile_mean import tile_mean
+
+_FIRST_AXIS = 2
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether operations on a tensor are recorded, not only computed."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or get_proxy_mode() is not None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums over values of a tensor."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def count_tiles(grid: Sequence[Any], tile: Sequence[int]) -> list[Any]:
+    """Return the number of tiles along each axis, partial ones included; sizes may be symbolic."""
+    return [(extent + side - 1) // side for extent, side in zip(grid, tile, strict=True)]
+
+
+def sizes_of_tiles(grid: Sequence[Any], tile: Sequence[int], device: torch.device) -> Tensor:
+    """Return the number of tokens of each tile, float64 [tiles]."""
+    sizes = torch.ones((), dtype=torch.float64, device=device)
+    for extent, side in zip(grid, tile, strict=True):
+        starts = torch.arange(0, extent, side, device=device)
+        sizes = sizes[..., None] * (extent - starts).clamp(max=side)
+    return sizes.flatten()
+
+
+def means_of_tiles(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
+    """Mean over the tokens of each tile, summed and divided in float32 (float64 for float64).
+
+    Args:
+        x: [batch, heads, tokens of the grid, channels] in raster order.
+        grid: Tokens per axis.
+        tile: Tile sides.
+
+    Returns:
+        [batch, heads, tiles, channels] of x's dtype.
+    """
+    if not is_traced(x):
+        return tile_mean(x, grid=grid, tile=tile)
+    sums = _sums(x.to(compute_dtype(x)), grid, tile)
+    sizes = sizes_of_tiles(grid, tile, x.device).to(sums.dtype)
+    return (sums / sizes[:, None]).to(x.dtype)
+
+
+def _sums(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
+    tiles = count_tiles(grid, tile)
+    x = x.unflatten(_FIRST_AXIS, tuple(grid))
+    for axis in reversed(range(len(grid))):
+        dim = _FIRST_AXIS + axis
+        missing = tiles[axis] * tile[axis] - grid[axis]
+        if not statically_known_true(missing == 0):
+            x = F.pad(x, (*(0, 0) * (x.dim() - dim - 1), 0, missing))
+        x = x.unflatten(dim, (tiles[axis], tile[axis])).sum(dim + 1)
+    return x.flatten(_FIRST_AXIS, -2)
+
+
+def spread_over_tokens(pooled: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
+    """Give every token the value of its tile; the adjoint of a sum over tiles.
+
+    Args:
+        pooled: [batch, heads, tiles, channels].
+        grid: Tokens per axis.
+        tile: Tile sides.
+
+    Returns:
+        [batch, heads, tokens of the grid, channels] in raster order.
+    """
+    if not is_traced(pooled):
+        spread: Tensor = _Spread.apply(pooled, BlockLayout(tuple(grid), tuple(tile)))
+        return spread
+    x = pooled.unflatten(_FIRST_AXIS, count_tiles(grid, tile))
+    for axis, (extent, side) in enumerate(zip(grid, tile, strict=True)):
+        dim = _FIRST_AXIS + axis
+        x = x.unsqueeze(dim + 1)
+        x = x.expand(*(side if i == dim + 1 else -1 for i in range(x.dim())))
+        x = x.flatten(dim, dim + 1).narrow(dim, 0, extent)
+    return x.flatten(_FIRST_AXIS, -2)
+
+
+class _Spread(torch.autograd.Function):
+    """A copy of rows, whose gradient is `tile_mean` times the tiles' sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, layout: BlockLayout) -> Tensor:
+        ctx.layout = layout
+        index = tile_of_token(layout, pooled.device)
+        # Heads beside each other in memory, as attention's output has them: long rows to copy.
+        return pooled.transpose(1, 2).index_select(1, index).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grid, tile = ctx.layout.grid, ctx.layout.tile
+        means = tile_mean(grad, grid=grid, tile=tile)
+        compute = compute_dtype(means)
+        sizes = sizes_of_tiles(grid, tile, grad.device).to(compute)
+        return (means.to(compute) * sizes[:, None]).to(means.dtype), None
