@@ -26,6 +26,10 @@ from compiled_sparse.attach_forward import check_releasable
 from compiled_sparse.attach_forward import patch
 from compiled_sparse.attach_forward import release_module
 from compiled_sparse.attach_forward import release_root
+from compiled_sparse.attach_gates import check_gate
+from compiled_sparse.attach_gates import gate_name
+from compiled_sparse.attach_gates import remove_gate
+from compiled_sparse.attach_gates import wanted_gate
 from compiled_sparse.attach_modules import attention_modules
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
@@ -179,11 +183,17 @@ def attach(
     attached = {id(module) for _, module in layers}
     others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
     has_root = id(model) not in attached
+    gates = [
+        wanted_gate(_configs(own, path).values())
+        for (path, _), own in zip(layers, policies, strict=True)
+    ]
+    for (_, module), gate in zip(layers, gates, strict=True):
+        check_gate(module, gate)
     _check_patches([module for _, module in layers], others, model if has_root else None)
     for module in others:
         _release(module)
     for index, ((path, module), own) in enumerate(zip(layers, policies, strict=True)):
-        bind_module(module, _for_layer(own, path, index, len(layers)), index)
+        bind_module(module, _for_layer(own, path, index, len(layers)), index, gates[index])
     if has_root:
         bind_root(model)
     return Handle(model, layers)
@@ -208,13 +218,16 @@ def sparse(policy: PolicyLike) -> Callable[[Target], Target]:
         ConfigError: if the policy is not one.
         AttachError: if it is applied to something else.
     """
-    document = as_policy(policy).to_json()
+    resolved = as_policy(policy)
+    document = resolved.to_json()
+    gate = wanted_gate(config for _, config in resolved.rules)
 
     def decorate(target: Target) -> Target:
         if isinstance(target, nn.Module):
-            bind_module(target, document, None)
+            check_gate(target, gate)
+            bind_module(target, document, None, gate)
         elif isinstance(target, type) and issubclass(target, nn.Module):
-            _decorate_class(target, document)
+            _decorate_class(target, document, gate)
         else:
             raise AttachError(
                 "cs.sparse is for modules",
@@ -227,13 +240,14 @@ def sparse(policy: PolicyLike) -> Callable[[Target], Target]:
     return decorate
 
 
-def _decorate_class(cls: Any, document: str) -> None:
+def _decorate_class(cls: Any, document: str, gate: str | None) -> None:
     initialise, restore = cls.__init__, cls.__setstate__
 
     @functools.wraps(initialise)
     def initialise_and_bind(self: Any, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
-        bind_module(self, document, None)
+        check_gate(self, gate)
+        bind_module(self, document, None, gate)
 
     @functools.wraps(restore)
     def restore_and_patch(self: Any, state: Any) -> None:
@@ -265,6 +279,7 @@ def _release(module: nn.Module) -> None:
     own = getattr(type(module), CLASS_POLICY, None)
     if own is None:
         release_module(module)
+        remove_gate(module)
     else:
         bind_module(module, own, None)
 
@@ -282,8 +297,7 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     """
     if policy is None:
         return ""
-    matches = {kind: policy.match(path, kind) for kind in KINDS}
-    configs = {kind: found[1] for kind, found in matches.items() if found is not None}
+    configs = _configs(policy, path)
     same = len(configs) == len(KINDS) and len(set(configs.values())) == 1
     rules: dict[str, MechanismConfig] = (
         {"*": configs[KINDS[0]]} if same else {f"{kind}:*": each for kind, each in configs.items()}
@@ -292,6 +306,12 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     is_dense = layer < policy.dense_first_layers or is_last
     steps = (policy.dense_first_steps, policy.dense_last_steps)
     return Policy(rules or {_NOWHERE: Dense()}, *steps, dense_first_layers=int(is_dense)).to_json()
+
+
+def _configs(policy: Policy | None, path: str) -> dict[str, MechanismConfig]:
+    """Return what a policy says about a module, by kind of call."""
+    found = {} if policy is None else {kind: policy.match(path, kind) for kind in KINDS}
+    return {kind: match[1] for kind, match in found.items() if match is not None}
 
 
 def _check_model(model: object) -> None:

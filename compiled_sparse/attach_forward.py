@@ -18,6 +18,8 @@ from torch import Tensor
 from torch import nn
 
 from compiled_sparse import ops as _ops  # noqa: F401 - registers the markers
+from compiled_sparse.attach_gates import add_gate
+from compiled_sparse.attach_gates import traced_gate
 from compiled_sparse.call_layout import read_grid
 from compiled_sparse.errors import AttachError
 from compiled_sparse.metadata import current_layout
@@ -32,14 +34,16 @@ NO_LAYER = (0,)
 _SIZES = ("num_frames", "height", "width")
 
 
-def bind_module(module: nn.Module, policy: str, layer: int | None) -> None:
-    """Let a module's traced `forward` emit a marker with its policy and layer index.
+def bind_module(module: nn.Module, policy: str, layer: int | None, gate: str | None = None) -> None:
+    """Let a module's traced `forward` emit a marker with its policy, layer index and gate.
 
     Args:
         module: The attention module.
         policy: JSON of its policy, or empty to follow the backend's options.
         layer: Index among the attention layers of the model; None where not known.
+        gate: Name of a learned gate it is to have; None leaves it the one it may have.
     """
+    add_gate(module, gate)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     index = torch.empty(NO_LAYER if layer is None else (), dtype=torch.int64, device="cpu")
     if layer is not None:
@@ -118,14 +122,24 @@ def _marked_forward(class_forward: Any) -> Any:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            bind = torch.ops.compiled_sparse.bind
-            bind(self.compiled_sparse_layer, [], self._compiled_sparse_policy)
+            _emit_marker(self, args, kwargs)
         inner = self._compiled_sparse_inner
         if inner is None:
             return class_forward(self, *args, **kwargs)
         return inner(*args, **kwargs)
 
     return forward
+
+
+def _emit_marker(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    gate = traced_gate(module, args, kwargs)
+    bind = torch.ops.compiled_sparse.bind
+    bind(
+        module.compiled_sparse_layer,
+        gate,
+        module._compiled_sparse_gate[0],
+        module._compiled_sparse_policy,
+    )
 
 
 def _root_forward(class_forward: Any) -> Any:

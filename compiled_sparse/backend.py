@@ -44,6 +44,7 @@ from compiled_sparse.report import Report
 from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
+from compiled_sparse.selector import reads_sparsity
 
 logger = logging.getLogger("compiled_sparse")
 
@@ -92,6 +93,7 @@ class VariantKey:
         environment: What `COMPILED_SPARSE_BACKEND` says.
         dense_schedules: The step schedules under which the call's step is dense.
         check_rows: How many rows of each sparse call are compared with dense attention.
+        has_sparsity: Whether the call is given a sparsity that a mechanism reads.
     """
 
     layout: LayoutMetadata | None
@@ -99,6 +101,7 @@ class VariantKey:
     environment: Policy | None
     dense_schedules: frozenset[StepSchedule]
     check_rows: int = 0
+    has_sparsity: bool = False
 
 
 class _Dispatcher:
@@ -154,7 +157,10 @@ class _Dispatcher:
         if self._depends_on_steps and not self._warned_of_steps:
             policies = sources.effective(self._modules)
             self._warned_of_steps = _warn_of_steps(policies, call)
-        return VariantKey(current_layout(), sources.forced, sources.environment, dense)
+        has_sparsity = call.sparsity is not None and reads_sparsity(sources, self._modules)
+        return VariantKey(
+            current_layout(), sources.forced, sources.environment, dense, has_sparsity=has_sparsity
+        )
 
     def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
         rewritten = clone_dynamo_graph(self._pristine)
@@ -164,6 +170,7 @@ class _Dispatcher:
             key.layout,
             dense_schedules=key.dense_schedules,
             check_rows=key.check_rows,
+            sparsity=current_call().sparsity if key.has_sparsity else None,
         )
         decisions = rewrite(rewritten)
         self._checked_paths[key] = rewrite.checked_paths

@@ -84,6 +84,11 @@ class MechanismConfig:
             ConfigError: if it does not.
         """
 
+    @property
+    def takes_gate(self) -> bool:
+        """Whether a gate that is there is made use of."""
+        return False
+
     def check_gate(self, gate: bool) -> None:
         """Check that the config makes use of a gate if one is given.
 
@@ -340,6 +345,17 @@ class SWBA(MechanismConfig):
     def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tile used on any sequence: a block."""
         return (self.block,)
+
+
+def at_sparsity(config: MechanismConfig, sparsity: float | None) -> MechanismConfig:
+    """Return a config with its sparsity replaced, if it has one and another is given.
+
+    Raises:
+        ConfigError: if the sparsity is out of range.
+    """
+    if sparsity is None or not config.has_sparsity:
+        return config
+    return dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
 
 
 _WITHOUT_OP: dict[str, type[MechanismConfig]] = {"auto": Auto, "dense": Dense}

@@ -63,6 +63,11 @@ class VSA(MechanismConfig):
         """The learned gate, if the config names one."""
         return None if self.gate == UNGATED else self.gate
 
+    @property
+    def takes_gate(self) -> bool:
+        """Whether a gate that is there is made use of."""
+        return self.gate != UNGATED
+
     def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tile.
 

@@ -72,7 +72,11 @@ def explain(
         modules = Markers(graph).policies
         dense = dense_schedules(sources, current_call(), modules) if step_is_known else frozenset()
         analysis = SparseAttentionPass(
-            sources, current_layout(), dense_schedules=dense, rewrite=False
+            sources,
+            current_layout(),
+            dense_schedules=dense,
+            rewrite=False,
+            sparsity=current_call().sparsity,
         )
         decisions.extend(analysis(clone_dynamo_graph(graph)))
         outputs = _output_values(graph)

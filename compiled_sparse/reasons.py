@@ -22,6 +22,13 @@ REASONS: dict[str, str] = {
     "no_gain": "Automatic mode predicts no speed-up on this grid. Name a mechanism to force it.",
     "too_short": "Automatic mode leaves short sequences dense. Name a mechanism to force it.",
     "layout_unknown": "The token grid is not proven. Pass cs.metadata(grid_thw=(T, H, W)).",
+    "gate_missing": "The policy names a learned gate that the module does not have. Add it with "
+    "cs.attach(model, policy).",
+    "gate_unplaced": "The hidden state that the module's learned gate weighs is not proven: it must "
+    "be what queries, keys and values are projected from. Compute the gate in the module and call "
+    "cs.attention(gate=...).",
+    "gate_unused": "The module has a learned gate, and the policy says ungated. Use gate=None, or "
+    "remove the gate.",
     "partial_grid": "Attention along some grid axes only, spatial or temporal. Already small.",
     "several_grids": "More than one video in one sequence. Not supported.",
     "layout_dynamic": "Dynamic shapes inside activation checkpointing, or two text lengths that "

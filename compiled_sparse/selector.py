@@ -15,6 +15,7 @@ from compiled_sparse import registry
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import at_sparsity
 from compiled_sparse.environment import mechanism_from_name
 from compiled_sparse.environment import policy_from_environment
 from compiled_sparse.environment import policy_from_environment as mechanism_from_environment
@@ -51,6 +52,7 @@ __all__ = [
     "mechanism_from_environment",
     "mechanism_from_name",
     "needs_static_grid",
+    "reads_sparsity",
     "requested",
     "scheduled_dense",
     "tensors_supported",
@@ -181,6 +183,12 @@ def dense_schedules(
     )
 
 
+def reads_sparsity(sources: PolicySources, modules: Iterable[Policy] = ()) -> bool:
+    """Whether the sparsity of a call is read by any mechanism that has a say."""
+    rules = (rule for policy in sources.effective(modules) for rule in policy.rules)
+    return any(config.has_sparsity for _, config in rules)
+
+
 def scheduled_dense(
     wanted: Requested, site: SiteFacts, dense_schedules: frozenset[StepSchedule] = frozenset()
 ) -> Refused | None:
@@ -280,7 +288,12 @@ def needs_static_grid(config: MechanismConfig) -> bool:
 
 
 def choose(
-    config: MechanismConfig, grid: tuple[int, ...], text_before: int, text_after: int, heads: int
+    config: MechanismConfig,
+    grid: tuple[int, ...],
+    text_before: int,
+    text_after: int,
+    heads: int,
+    sparsity: float | None = None,
 ) -> Chosen | Refused:
     """Decide what a proven video self-attention call becomes.
 
@@ -290,6 +303,7 @@ def choose(
         text_before: Text tokens in front of the grid.
         text_after: Text tokens behind it.
         heads: Number of query heads.
+        sparsity: The sparsity of the call, if it is given one: the density is that at this one.
 
     Returns:
         The choice with its density and predicted gain, or why the call stays dense.
@@ -307,7 +321,10 @@ def choose(
     if len(grid) not in mechanism.capabilities.num_axes:
         return Refused("axes_mismatch", f"{config.name} takes no grid of {len(grid)} axes")
     layout = BlockLayout(grid, config.resolve_tile(grid), text_before, text_after)
-    chosen: Chosen | Refused = mechanism.evaluate(config, layout, heads)
+    present = at_sparsity(config, sparsity)
+    chosen: Chosen | Refused = mechanism.evaluate(present, layout, heads)
+    if present is not config and isinstance(chosen, Chosen):
+        return dataclasses.replace(chosen, config=config)
     return chosen
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _SELF = re.compile(r"^L\['[^']*'\](?:\.__self__)?")
@@ -73,6 +74,33 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
         return node.target._schema.name.removeprefix("aten::")
     return str(getattr(node.target, "__name__", node.target))
+
+
+def call(function: Any, *arguments: Any) -> fx.Node:
+    """Put a call at the insertion point of a graph, with its example value.
+
+    Args:
+        function: What is called.
+        arguments: What with; the graph is that of the first node, which must be one of them.
+    """
+    graph = next(argument.graph for argument in arguments if isinstance(argument, fx.Node))
+    node = graph.call_function(function, arguments)
+    node.meta["example_value"] = compute(node)
+    return node
+
+
+def compute(node: fx.Node) -> Any:
+    """Return what a call or method gives for the example values of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), example_value)
+    # A checkpoint around the compiled region counts what is saved for backward: not this.
+    with saved_tensors_hooks(_unchanged, _unchanged):
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _unchanged(saved: Any) -> Any:
+    return saved
 
 
 def module_path(node: fx.Node) -> str:

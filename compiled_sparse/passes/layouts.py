@@ -16,7 +16,7 @@ from compiled_sparse.layout import sequence_grid
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.combining import same_raster
 from compiled_sparse.passes.combining import shares_provenance
-from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.rearranged import is_rearranged
@@ -341,7 +341,7 @@ def layout_arguments(site: Site, layout: SiteLayout) -> tuple[list[Any], Any, An
     rest = _size_node(site.arguments["query"], 2)
     fixed = before if isinstance(before, int) else after
     for amount in (functools.reduce(_times, grid), fixed):
-        rest = _call(operator.sub, rest, amount)
+        rest = call(operator.sub, rest, amount)
     return (grid, before, rest) if isinstance(before, int) else (grid, rest, after)
 
 
@@ -351,17 +351,9 @@ def _length_node(reader: Reader | None) -> fx.Node:
 
 
 def _size_node(tensor: Any, dim: int) -> fx.Node:
-    return _call(torch.ops.aten.sym_size.int, tensor, dim)
+    return call(torch.ops.aten.sym_size.int, tensor, dim)
 
 
 def _times(left: Any, right: Any) -> Any:
     nodes = isinstance(left, fx.Node) or isinstance(right, fx.Node)
-    return _call(operator.mul, left, right) if nodes else left * right
-
-
-def _call(function: Any, *arguments: Any) -> fx.Node:
-    graph = next(argument.graph for argument in arguments if isinstance(argument, fx.Node))
-    node = graph.call_function(function, arguments)
-    values = [example_value(a) if isinstance(a, fx.Node) else a for a in arguments]
-    node.meta["example_value"] = function(*values)
-    return node
+    return call(operator.mul, left, right) if nodes else left * right

@@ -22,6 +22,21 @@ _BIND_LAYOUT = (_OPS.bind_layout, _OPS.bind_layout.default)
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A module's learned gate.
+
+    Args:
+        name: The gate's name in the module.
+        source: The argument of the module it was computed from; None where none fits.
+        value: What it made of that.
+    """
+
+    name: str
+    source: fx.Node | None = None
+    value: fx.Node | None = None
+
+
+@dataclass(frozen=True)
 class Marker:
     """What one attached module says.
 
@@ -31,6 +46,7 @@ class Marker:
         path: Dotted path of the module.
         policy: The module's own policy, if it has one.
         layer: The tensor with its layer index; None where it does not know its place.
+        gate: The module's learned gate, if it has one.
     """
 
     owner: fx.GraphModule
@@ -38,6 +54,7 @@ class Marker:
     path: str
     policy: Policy | None
     layer: fx.Node | None
+    gate: Gate | None = None
 
     def covers(self, path: str) -> bool:
         """Whether a call at `path` is made by this module or by one inside it."""
@@ -104,11 +121,12 @@ def _is_marker(node: fx.Node) -> bool:
 
 
 def _read(owner: fx.GraphModule, position: int, node: fx.Node) -> Marker:
-    layer, _, document = node.args
+    layer, gate, name, document = node.args
     assert isinstance(layer, fx.Node)
     policy = Policy.from_json(str(document)) if document else None
-    is_known = example_value(layer).dim() == 0
-    return Marker(owner, position, module_path(node), policy, layer if is_known else None)
+    place = layer if example_value(layer).dim() == 0 else None
+    learned = Gate(str(name), *gate) if name else None  # type: ignore[misc]
+    return Marker(owner, position, module_path(node), policy, place, learned)
 
 
 def _common_grid(said: Iterable[fx.Node]) -> tuple[Any, ...] | None:

@@ -78,6 +78,8 @@ class SparseAttentionPass:
         rewrite: False only decides and reports.
         check_rows: How many query rows of each sparse call to compare with dense attention, as
             further outputs of the graph; 0 for none.
+        sparsity: The sparsity of the present call, where calls are given one that is read at run
+            time: only reported, as it may change from call to call.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class SparseAttentionPass:
         dense_schedules: frozenset[StepSchedule] = frozenset(),
         rewrite: bool = True,
         check_rows: int = 0,
+        sparsity: float | None = None,
     ) -> None:
         self.sources = PolicySources(policy) if isinstance(policy, Policy) else policy
         self.layout = layout
         self.dense_schedules = dense_schedules
         self.rewrite = rewrite
         self.check_rows = check_rows
+        self.sparsity = sparsity
         self.runtime_inputs: tuple[RuntimeInput, ...] = ()
         self.checked_paths: tuple[str, ...] = ()
 
@@ -130,9 +134,8 @@ class SparseAttentionPass:
         for source in sorted(Path(__file__).parent.glob("*.py")):
             digest.update(source.read_bytes())
         schedules = sorted(map(repr, self.dense_schedules))
-        digest.update(
-            repr((self.sources, self.layout, schedules, self.rewrite, self.check_rows)).encode()
-        )
+        settings = (self.sources, self.layout, schedules, self.rewrite, self.check_rows)
+        digest.update(repr((*settings, self.sparsity is not None)).encode())
         return digest.hexdigest()
 
     def _cases(self, sites: list[Site], markers: Markers, *, ends_here: bool) -> list[_Case]:
@@ -154,14 +157,17 @@ class SparseAttentionPass:
         layout = case.layout_for(wanted)
         if not isinstance(layout, SiteLayout):
             return dense_decision(site, facts, layout)
-        outcome = _prove(site, wanted, layout)
+        outcome = _prove(site, wanted, layout, self.sparsity)
         dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
         if isinstance(outcome, Refused):
             return dense_decision(site, facts, outcome, wanted)
         if dense is not None:
             return dense_decision(site, facts, dense, wanted)
         layout, chosen = outcome
-        arguments = RuntimeArguments(runtime, site, facts, case.marker)
+        has_sparsity = self.sparsity is not None
+        arguments = RuntimeArguments(
+            runtime, site, facts, layout, case.marker, has_sparsity=has_sparsity
+        )
         refused = arguments.refusal(_runtime_names(layout, chosen), chosen.config)
         if refused is not None:
             return dense_decision(site, facts, refused, wanted)
@@ -261,7 +267,7 @@ def _kind(layout: SiteLayout | Refused | Refusal) -> str:
 
 
 def _prove(
-    site: Site, wanted: Requested, layout: SiteLayout
+    site: Site, wanted: Requested, layout: SiteLayout, sparsity: float | None
 ) -> tuple[SiteLayout, Chosen] | Refused:
     """Default deny: every condition must hold, the first that does not is the reason."""
     config = wanted.config
@@ -290,7 +296,7 @@ def _prove(
         return Refused("layout_dynamic")
     text = Text(hint(layout.text_before), hint(layout.text_after))
     heads = hint(site.tensor("query").shape[1])
-    chosen = choose(config, layout.grid_hint, text.before, text.after, heads)
+    chosen = choose(config, layout.grid_hint, text.before, text.after, heads, sparsity)
     return chosen if isinstance(chosen, Refused) else (layout, chosen)
 
 
@@ -336,8 +342,9 @@ def _replace(
     mechanism = mechanism_of(chosen.config)
     assert mechanism is not None
     with graph.inserting_before(site.node):
-        call = mechanism.lower(chosen.config, chosen.tile, *layout_arguments(site, layout))
-        runtime = arguments.nodes(call.runtime_inputs, chosen.config)
+        grid, *text = layout_arguments(site, layout)
+        call = mechanism.lower(chosen.config, chosen.tile, grid, *text)
+        runtime = arguments.nodes(call.runtime_inputs, chosen.config, (text[0], text[1]))
         inputs = (query, key, value, mask.keys, *call.arguments, *runtime)
         op = graph.call_function(call.op, (*inputs, site.arguments["scale"]))
         out = graph.call_function(operator.getitem, (op, 0))

@@ -8,6 +8,9 @@ import torch
 from torch import fx
 
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.passes.gates import find_hidden_state
+from compiled_sparse.passes.gates import insert_gate
+from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.markers import Marker
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
@@ -24,26 +27,41 @@ class RuntimeArguments:
         runtime: The inputs appended to the graph.
         site: The call.
         facts: Its layer index, where the graph shows it.
+        layout: Where its video is.
         marker: What the module that makes the call says.
+        has_sparsity: Whether the call is given a sparsity.
     """
 
     def __init__(
-        self, runtime: RuntimeInputs, site: Site, facts: SiteFacts, marker: Marker | None
+        self,
+        runtime: RuntimeInputs,
+        site: Site,
+        facts: SiteFacts,
+        layout: SiteLayout,
+        marker: Marker | None,
+        *,
+        has_sparsity: bool = False,
     ) -> None:
         self._runtime = runtime
         self._site = site
         self._facts = facts
+        self._layout = layout
         self._layer = None if marker is None else marker.layer
+        self._gate = None if marker is None else marker.gate
+        self._has_sparsity = has_sparsity
 
     def refusal(self, names: tuple[str, ...], config: MechanismConfig) -> Refused | None:
         """Return why the call cannot be given what an op reads, if it cannot.
 
         Args:
-            names: Names among `registry.RUNTIME_INPUTS`.
+            names: Names among `registry.RUNTIME_INPUTS` and `OPTIONAL_INPUTS`.
             config: The config the op is for.
         """
-        if not names:
-            return None
+        refused = self._gate_refusal(config) if "gate" in names else None
+        is_read = {"gate": False, "given_sparsity": self._has_sparsity}
+        names = tuple(name for name in names if is_read.get(name, True))
+        if refused is not None or not names:
+            return refused
         if not self._runtime.can_reach(self._site.owner):
             return Refused("nested_graph")
         num_layers = 1 if config.table is None else config.table.num_layers
@@ -56,19 +74,48 @@ class RuntimeArguments:
             return Refused("layer_unknown", "the graph is a part of the model")
         return None
 
-    def nodes(self, names: tuple[str, ...], config: MechanismConfig) -> list[fx.Node]:
+    def _gate_refusal(self, config: MechanismConfig) -> Refused | None:
+        name = config.gate_name
+        if self._gate is None:
+            return Refused("gate_missing", f"gate {name!r}") if name is not None else None
+        if name not in (None, self._gate.name):
+            return Refused("gate_missing", f"gate {name!r}, the module has {self._gate.name!r}")
+        if not config.takes_gate:
+            return Refused("gate_unused", f"gate {self._gate.name!r}")
+        found = find_hidden_state(self._site, self._layout, self._gate)
+        return found if isinstance(found, Refused) else None
+
+    def nodes(
+        self, names: tuple[str, ...], config: MechanismConfig, text: tuple[Any, Any]
+    ) -> list[fx.Node | None]:
         """Return what an op reads, in the order of `names`, for which `refusal` is None.
 
         The graph's insertion point must be in front of the call.
-        """
-        return [self._node(name, config) for name in names]
 
-    def _node(self, name: str, config: MechanismConfig) -> fx.Node:
+        Args:
+            names: Names among `registry.RUNTIME_INPUTS` and `OPTIONAL_INPUTS`.
+            config: The config the op is for.
+            text: Text tokens before and after the video, as graph arguments.
+        """
+        return [self._node(name, config, text) for name in names]
+
+    def _node(self, name: str, config: MechanismConfig, text: tuple[Any, Any]) -> fx.Node | None:
         if name == "layer":
             return self._layer_node()
+        if name == "gate":
+            return self._gate_node(text)
+        if name == "given_sparsity" and not self._has_sparsity:
+            return None
         table = config.table if name == "windows" else None
         device = self._site.tensor("query").device
         return self._runtime.node(RuntimeInput(name, device, table), self._site)
+
+    def _gate_node(self, text: tuple[Any, Any]) -> fx.Node | None:
+        if self._gate is None:
+            return None
+        hidden = find_hidden_state(self._site, self._layout, self._gate)
+        assert not isinstance(hidden, Refused)
+        return insert_gate(self._site, hidden, self._gate, text)
 
     def _layer_node(self) -> fx.Node:
         site = self._site

@@ -24,6 +24,8 @@ from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.hidden import HiddenState
+from compiled_sparse.passes.hidden import projected
 from compiled_sparse.passes.mask_analysis import masks_at
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
@@ -56,6 +58,7 @@ class Site:
         key_from_video: Whether the keys are.
         lost_at: The write that ended the analysis before this call, if one did.
         mask: What the attention mask holds, where that is known.
+        hidden_states: What queries, keys and values are all projected from.
     """
 
     node: fx.Node
@@ -73,6 +76,7 @@ class Site:
     key_from_video: bool
     lost_at: fx.Node | None
     mask: MaskValue | None = None
+    hidden_states: tuple[HiddenState, ...] = ()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the fake tensor of argument `query`, `key`, `value` or `attn_mask`."""
@@ -157,7 +161,8 @@ def _mask_of(node: fx.Node) -> Any:
 def _site(visit: Visit, root: fx.GraphModule) -> Site:
     node, analysis = visit.node, visit.analysis
     arguments = _arguments(node)
-    query, key, value = (analysis.of(arguments[name]) for name in ("query", "key", "value"))
+    nodes = tuple(arguments[name] for name in ("query", "key", "value"))
+    query, key, value = map(analysis.of, nodes)
     return Site(
         node=node,
         owner=visit.owner,
@@ -168,16 +173,20 @@ def _site(visit: Visit, root: fx.GraphModule) -> Site:
         key_track=key[-2],
         value_track=value[-2],
         batch_track=query[0],
-        has_one_batch=_has_one_batch(analysis, arguments),
+        has_one_batch=_has_one_batch(analysis, *nodes),
         graph_has_video=analysis.num_video_sources > 0,
         query_from_video=analysis.is_from_video(arguments["query"]),
         key_from_video=analysis.is_from_video(arguments["key"]),
         lost_at=analysis.lost_at,
+        hidden_states=tuple(_hidden_state(analysis, nodes[0], each) for each in projected(*nodes)),
     )
 
 
-def _has_one_batch(analysis: Provenance, arguments: dict[str, Any]) -> bool:
-    nodes = [arguments[name] for name in ("query", "key", "value")]
+def _hidden_state(analysis: Provenance, query: fx.Node, node: fx.Node) -> HiddenState:
+    return HiddenState(node, analysis.of(node)[1], _has_one_batch(analysis, query, query, node))
+
+
+def _has_one_batch(analysis: Provenance, *nodes: fx.Node) -> bool:
     query, key, value = (analysis.of(node)[0] for node in nodes)
     of_query, of_key, of_value = map(analysis.picks_of, nodes)
     if of_query != of_key or not of_value <= of_query:
