@@ -16,9 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from functools import lru_cache
+from typing import TYPE_CHECKING
 from typing import Any
 
 from compiled_sparse.errors import LayoutError
+
+if TYPE_CHECKING:
+    from compiled_sparse.tile_order import TileOrder
 
 MAX_GRID_AXES = 3
 AUTO_TILE_VOLUME = 384
@@ -172,11 +176,66 @@ def as_grid(value: object) -> tuple[int, ...]:
     Raises:
         LayoutError: if it is not one to three positive integers.
     """
-    grid: Any = value
-    with suppress(TypeError):
-        grid = tuple(map(operator.index, grid))
+    grid = _as_integers(value)
     check_extents("grid_thw", grid)
     return tuple(grid)
+
+
+def _as_integers(value: Any) -> Any:
+    """Return a sequence of integers of any kind as a tuple of plain ones, all else as it is."""
+    with suppress(TypeError):
+        return tuple(map(operator.index, value))
+    return value
+
+
+def latent_grid(raw_latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Return the token grid that a patch embedding makes of latents.
+
+    Args:
+        raw_latent_shape: Latent extents (T, H, W) before patching.
+        patch_size: Latents per token along each axis; what does not fill a patch is dropped, as a
+            patch embedding drops it.
+
+    Raises:
+        LayoutError: if shape and patch differ in their number of axes, or a patch does not fit.
+    """
+    patch = _as_integers(patch_size)
+    check_extents("patch_size", patch)
+    shape = _as_integers(raw_latent_shape)
+    if not isinstance(shape, tuple) or len(shape) != len(patch):
+        raise LayoutError(
+            "latents and patch have different numbers of axes",
+            got=f"raw_latent_shape {raw_latent_shape}, patch_size {patch_size}",
+            expected="one patch side per axis, batch and channels left out",
+            next_step="pass raw_latent_shape=latents.shape[2:]",
+        )
+    check_extents("raw_latent_shape", shape)
+    grid = tuple(extent // side for extent, side in zip(shape, patch, strict=True))
+    check_extents("the grid of the latents", grid)
+    return grid
+
+
+def tile_order(
+    raw_latent_shape: Sequence[int],
+    patch_size: Sequence[int],
+    *,
+    tile_thw: Sequence[int] = (4, 4, 4),
+) -> TileOrder:
+    """Return the tile order that FastVideo's metadata builder makes for latents of a shape.
+
+    Args:
+        raw_latent_shape: Latent extents (T, H, W) before patching.
+        patch_size: Latents per token along each axis; what does not fill a patch is dropped.
+        tile_thw: Tokens per axis of one tile.
+
+    Raises:
+        LayoutError: if shape, patch and tile differ in their number of axes, or a patch does not
+            fit.
+    """
+    # The tile order is built on this module, so it cannot be imported at the top.
+    from compiled_sparse.tile_order import TileOrder
+
+    return TileOrder.of_grid(latent_grid(raw_latent_shape, patch_size), tile_thw)
 
 
 def sequence_grid(grid: Sequence[Any], text_before: Any = 0, text_after: Any = 0) -> tuple[Any]:

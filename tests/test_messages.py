@@ -37,6 +37,7 @@ from compiled_sparse.mechanisms.contract import build_metadata
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
+from compiled_sparse.sparsity import num_selected
 
 MODULES = (
     "config",
@@ -48,6 +49,8 @@ MODULES = (
     "layout",
     "options",
     "registry",
+    "sparsity",
+    "tile_order",
     "mechanisms/block_selector",
     "mechanisms/contract",
 )
@@ -400,6 +403,14 @@ CASES = {
         "one patch side per axis",
         "latents.shape[2:]",
         lambda: build_metadata(step=0, raw_latent_shape=(1, 16, 4, 8, 8), patch_size=(1, 2, 2)),
+    ),
+    "sparsity of a mechanism": Case(
+        errors.MetadataError,
+        "sparsity is out of range",
+        "1.5",
+        "a number from 0 to 1",
+        "pass sparsity as",
+        lambda: num_selected(10, 1.5),
     ),
     "guard values": Case(
         errors.ConfigError,

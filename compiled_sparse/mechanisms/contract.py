@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from compiled_sparse.errors import LayoutError
 from compiled_sparse.layout import Text
-from compiled_sparse.layout import check_extents
+from compiled_sparse.layout import latent_grid
 from compiled_sparse.metadata import metadata
 
 
@@ -72,15 +71,5 @@ def build_metadata(
     Raises:
         LayoutError: if shape and patch differ in their number of axes, or a patch does not fit.
     """
-    if len(raw_latent_shape) != len(patch_size):
-        raise LayoutError(
-            "latents and patch have different numbers of axes",
-            got=f"raw_latent_shape {raw_latent_shape}, patch_size {patch_size}",
-            expected="one patch side per axis, batch and channels left out",
-            next_step="pass raw_latent_shape=latents.shape[2:]",
-        )
-    check_extents("patch_size", tuple(patch_size))
-    pairs = zip(raw_latent_shape, patch_size, strict=True)
-    grid = tuple(extent // side for extent, side in pairs)
-    check_extents("the grid of the latents", grid)
+    grid = latent_grid(raw_latent_shape, patch_size)
     return StepMetadata(step=step, grid_thw=grid, num_steps=num_steps, sparsity=sparsity, text=text)
