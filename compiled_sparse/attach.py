@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 from typing import TypeVar
@@ -31,6 +30,7 @@ from compiled_sparse.attach_gates import gate_name
 from compiled_sparse.attach_gates import remove_gate
 from compiled_sparse.attach_gates import wanted_gate
 from compiled_sparse.attach_modules import attention_modules
+from compiled_sparse.checkpoints import LoadReport
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import AttachError
@@ -48,19 +48,6 @@ Target = TypeVar("Target")
 
 _holders: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 """By which attach a module is held, the latest one."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Which learned parameters of attached modules a state dict holds.
-
-    Args:
-        found: Full names of the parameters it has.
-        missing: Full names of those it has not; they keep their initial values.
-    """
-
-    found: tuple[str, ...]
-    missing: tuple[str, ...]
 
 
 class Handle:

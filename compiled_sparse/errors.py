@@ -70,6 +70,10 @@ class AttachError(CompiledSparseError, ValueError):
     """A model cannot be attached to as asked."""
 
 
+class CheckpointError(CompiledSparseError, ValueError):
+    """Names or shapes of a checkpoint do not fit the model, or each other."""
+
+
 class MissingGridError(CompiledSparseError, ValueError):
     """A mechanism needs the token grid and was not given one."""
 

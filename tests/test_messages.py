@@ -23,6 +23,8 @@ from modules import dit_inputs
 import compiled_sparse as cs
 from compiled_sparse import errors
 from compiled_sparse import registry
+from compiled_sparse.checkpoints import load_with_gates
+from compiled_sparse.checkpoints import to_diffusers
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
@@ -40,6 +42,7 @@ from compiled_sparse.policy import as_policy
 from compiled_sparse.sparsity import num_selected
 
 MODULES = (
+    "checkpoints",
     "config",
     "environment",
     "export",
@@ -80,6 +83,8 @@ def enter_metadata(**arguments: Any) -> None:
     with cs.metadata(**arguments):
         pass
 
+
+LINEAR = torch.nn.Linear(2, 2, bias=False)
 
 CASES = {
     "text": Case(
@@ -411,6 +416,70 @@ CASES = {
         "a number from 0 to 1",
         "pass sparsity as",
         lambda: num_selected(10, 1.5),
+    ),
+    "no state dict": Case(
+        errors.CheckpointError,
+        "the state dict is not a mapping of names",
+        "'wan.safetensors'",
+        "model.state_dict()",
+        "load a file first",
+        lambda: to_diffusers("wan.safetensors"),
+    ),
+    "two names of a parameter": Case(
+        errors.CheckpointError,
+        "two names of the checkpoint mean one parameter",
+        "'blocks.0.to_q.bias' and 'blocks.0.attn1.to_q.bias', both 'blocks.0.attn1.to_q.bias'",
+        "each parameter once",
+        "remove one",
+        lambda: to_diffusers({"blocks.0.to_q.bias": 0, "blocks.0.attn1.to_q.bias": 0}),
+    ),
+    "no model to load": Case(
+        errors.CheckpointError,
+        "a checkpoint is loaded into a module",
+        "'wan'",
+        "an nn.Module",
+        "pipe.transformer",
+        lambda: load_with_gates("wan", [], {}),
+    ),
+    "path of a gate": Case(
+        errors.CheckpointError,
+        "a gate is not a linear layer of the model",
+        "'gate', with 0 linear layers",
+        "nn.Linear modules with a weight, or of modules that wrap one",
+        "blocks.0.attn1.to_gate_compress",
+        lambda: load_with_gates(LINEAR, ["gate"], {}),
+    ),
+    "gates without a place": Case(
+        errors.CheckpointError,
+        "the checkpoint has gates that the model lacks",
+        "1 (blocks.0.to_gate_compress.bias)",
+        "without them the pictures are wrong",
+        "name them in gates=",
+        lambda: load_with_gates(LINEAR, [], {"blocks.0.to_gate_compress.bias": 0}),
+    ),
+    "another checkpoint": Case(
+        errors.CheckpointError,
+        "the checkpoint does not fit the model",
+        "missing: 1 (weight); unexpected: 4 (a, b, c, ...)",
+        "but those of gates",
+        "strict=False",
+        lambda: load_with_gates(LINEAR, [], dict.fromkeys("abcd")),
+    ),
+    "shapes of a checkpoint": Case(
+        errors.CheckpointError,
+        "other shapes than the model's",
+        "weight: (3, 2) for (2, 2)",
+        "the same shapes",
+        "the configuration of the checkpoint",
+        lambda: load_with_gates(LINEAR, [], {"weight": torch.zeros(3, 2)}),
+    ),
+    "no memory to load": Case(
+        errors.CheckpointError,
+        "there are tensors without memory",
+        "on the meta device: 1 (weight of the checkpoint)",
+        "hold numbers",
+        "to_empty",
+        lambda: load_with_gates(LINEAR, [], {"weight": torch.zeros(2, 2, device="meta")}),
     ),
     "guard values": Case(
         errors.ConfigError,
