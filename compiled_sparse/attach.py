@@ -15,6 +15,7 @@ from typing import Any
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from torch import nn
 
 from compiled_sparse.attach_forward import POLICY
@@ -31,6 +32,8 @@ from compiled_sparse.attach_gates import remove_gate
 from compiled_sparse.attach_gates import wanted_gate
 from compiled_sparse.attach_modules import attention_modules
 from compiled_sparse.checkpoints import LoadReport
+from compiled_sparse.checkpoints import load_with_gates
+from compiled_sparse.checkpoints import report_on
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.errors import AttachError
@@ -40,7 +43,6 @@ from compiled_sparse.policy import PolicyLike
 from compiled_sparse.policy import as_policy
 
 CLASS_POLICY = "_compiled_sparse_class_policy"
-PARAMETER_PREFIX = "compiled_sparse_"
 _NOWHERE = "/"
 """A glob that no module path matches."""
 
@@ -91,32 +93,51 @@ class Handle:
             release_root(module)
             del _holders[module]
 
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Paths of the learned gates in the model, in layer order."""
+        named = [(path, gate_name(module)) for path, module in self._layers]
+        return tuple(f"{path}.{gate}" if path else gate for path, gate in named if gate)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], *, strict: bool = True
+    ) -> LoadReport:
+        """Load weights into the model, gates under the names that published checkpoints use.
+
+        Args:
+            state_dict: Weights by diffusers' or FastVideo's names; gates at the attention module
+                or at its block.
+            strict: Whether every name must fit; gates that are missing are zero in any case.
+
+        Returns:
+            What was found, zero-filled, missing and unexpected.
+
+        Raises:
+            CheckpointError: as `compiled_sparse.checkpoints.load_with_gates` does, for one where
+                the model has no place for a gate. The model is unchanged then.
+        """
+        return load_with_gates(self._model, self.gates, state_dict, strict=strict)
+
     def load_state_dict_report(self, state_dict: Mapping[str, Any]) -> LoadReport:
-        """Say which learned parameters of the attached modules a state dict has.
+        """Say what `load_state_dict` would find, without loading anything.
 
         Args:
             state_dict: What is going to be loaded into the model.
-
-        Returns:
-            The names found and missing; both are empty for mechanisms that learn nothing.
         """
-        names = [
-            f"{path}.{name}" if path else name
-            for path, module in self._layers
-            for name, _ in module.named_parameters(recurse=False)
-            if name.startswith(PARAMETER_PREFIX)
-        ]
-        found = tuple(name for name in names if name in state_dict)
-        return LoadReport(found, tuple(name for name in names if name not in state_dict))
+        return report_on(self._model, self.gates, state_dict)
 
     def report(self) -> str:
         """Return what is attached and when it takes effect, in words."""
         first, last = self.modules[0], self.modules[-1]
         return (
-            f"{len(self._layers)} attention modules attached, {first} to {last}.\n"
+            f"{len(self._layers)} attention modules attached, {first} to {last}"
+            f"{self._describe_gates()}.\n"
             'They become sparse when compiled with backend="compiled_sparse", alone or within the '
             "model. Run eagerly or compiled by another backend they compute dense attention."
         )
+
+    def _describe_gates(self) -> str:
+        return f"; {len(self.gates)} learned gates, the first {self.gates[0]}" if self.gates else ""
 
     def __enter__(self) -> Handle:
         """Return the handle."""

@@ -68,7 +68,12 @@ class Layered(TorchFunctionMode):
             text=text,
             key_mask=key_mask,
             scale=settings.get("scale"),
+            gate=self.gate(query, text),
         )
+
+    def gate(self, query: Tensor, text: Text) -> Tensor | None:
+        """Return what weighs the compressed branch of a call; nothing here."""
+        return None
 
 
 def layered_output(

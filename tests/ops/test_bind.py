@@ -24,7 +24,7 @@ class Marked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sine."""
-        OPS.bind(self.layer, [self.gate], "config")
+        OPS.bind(self.layer, [self.gate], "gate", "config")
         OPS.bind_layout(x, [x.shape[0], 3])
         return x.sin()
 
@@ -38,7 +38,7 @@ MARKERS = ["compiled_sparse.bind.default", "compiled_sparse.bind_layout.default"
 
 def test_the_ops_satisfy_their_contract() -> None:
     assert cs.ops is not None
-    torch.library.opcheck(OPS.bind, (torch.tensor(1), [torch.randn(3)], "sta"))
+    torch.library.opcheck(OPS.bind, (torch.tensor(1), [torch.randn(3)], "gate", "sta"))
     torch.library.opcheck(OPS.bind_layout, (torch.randn(2, 3), [2, 3, 4]))
 
 
