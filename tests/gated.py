@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import nn
 
 import compiled_sparse as cs
+from compiled_sparse.attach import Handle
 from compiled_sparse.layout import Text
 
 GATE = "to_gate_compress"
@@ -75,14 +76,15 @@ class Gated(Layered):
 @contextmanager
 def gated(
     model: nn.Module,
-    handle: cs.attach,  # type: ignore[valid-type]
-    *texts: Text,
+    handle: Handle,
+    *texts: Text | None,
     config: cs.VSA = CONFIG,
     grid_thw: tuple[int, ...] = GRID,
 ) -> Iterator[None]:
-    """Run a model's attention calls by the reference, one for each text given."""
+    """Run a model's attention calls by the reference, one for each text given; None is dense."""
     plain = cs.VSA(sparsity=config.sparsity, tile_thw=config.tile_thw)
-    with Gated([(plain, text) for text in texts], model, handle.gates, grid_thw) as mode:  # type: ignore[attr-defined]
+    calls = [None if text is None else (plain, text) for text in texts]
+    with Gated(calls, model, handle.gates, grid_thw) as mode:
         yield
     assert mode.count == len(texts)
 
