@@ -1,0 +1,110 @@
+"""Synthetic videos: discs and squares that move, bounce off the walls and hide each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FRAMES, HEIGHT, WIDTH = 6, 26, 26
+CHANNELS = 3
+SHAPES = 3
+_RADII = (2.0, 4.5)
+_TOP_SPEED = 3.0  # pixels a frame: in six frames a shape crosses most of the picture
+_BRIGHTNESS = 3.0  # about unit variance over all pixels, as flow matching likes it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of a training step.
+
+    Args:
+        clean: The videos [batch, channels, frames, height, width].
+        noise: Noise of the same shape.
+        time: How much of the noise is mixed in, from 0 to 1 [batch].
+    """
+
+    clean: Tensor
+    noise: Tensor
+    time: Tensor
+
+
+def batches(size: int, seed: int) -> Iterator[Batch]:
+    """Yield batches without end; the same seed gives the same ones.
+
+    Args:
+        size: Videos in a batch.
+        seed: Where the random numbers start.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        clean = videos(size, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        yield Batch(clean, noise, torch.rand(size, generator=generator))
+
+
+def held_out(size: int, count: int, seed: int) -> list[Batch]:
+    """Return batches to evaluate on; their times are spread evenly from 0 to 1.
+
+    Args:
+        size: Videos in a batch.
+        count: Number of batches.
+        seed: Where the random numbers start.
+    """
+    source = batches(size, seed)
+    fixed = [next(source) for _ in range(count)]
+    times = (torch.arange(size * count) + 0.5) / (size * count)
+    shuffled = times[torch.randperm(len(times), generator=torch.Generator().manual_seed(seed))]
+    return [
+        Batch(batch.clean, batch.noise, time)
+        for batch, time in zip(fixed, shuffled.split(size), strict=True)
+    ]
+
+
+def videos(size: int, generator: torch.Generator) -> Tensor:
+    """Return videos of moving shapes [size, 3, 6, 26, 26].
+
+    Each shape has a colour, a radius, a place and a velocity of its own; half of them are discs.
+
+    Args:
+        size: Number of videos.
+        generator: The source of all randomness.
+    """
+    shape = (size, SHAPES)
+    radius = _uniform(shape, *_RADII, generator)
+    velocity = _uniform((*shape, 2), -_TOP_SPEED, _TOP_SPEED, generator)
+    start = torch.rand((*shape, 2), generator=generator)
+    colour = _uniform((*shape, CHANNELS), -_BRIGHTNESS, _BRIGHTNESS, generator)
+    is_disc = torch.rand(shape, generator=generator) < 0.5
+    places = _bounced(start, velocity, radius)
+    result = torch.zeros(size, CHANNELS, FRAMES, HEIGHT, WIDTH)
+    for each in range(SHAPES):  # later shapes are in front
+        cover = _cover(places[:, each], radius[:, each], is_disc[:, each])[:, None]
+        result = torch.lerp(result, colour[:, each, :, None, None, None], cover)
+    return result
+
+
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def _bounced(start: Tensor, velocity: Tensor, radius: Tensor) -> Tensor:
+    """Return the centres [videos, shapes, frames, 2]: straight lines, folded at the walls."""
+    room = torch.tensor([HEIGHT, WIDTH]) - 1 - 2 * radius[..., None]
+    frames = torch.arange(FRAMES)[:, None]
+    straight = (start * room)[:, :, None] + velocity[:, :, None] * frames
+    period = 2 * room[:, :, None]
+    folded = straight.remainder(period)
+    return torch.minimum(folded, period - folded) + radius[..., None, None]
+
+
+def _cover(centre: Tensor, radius: Tensor, is_disc: Tensor) -> Tensor:
+    """Return how much of each pixel one shape covers [videos, frames, height, width]."""
+    rows = torch.arange(HEIGHT)[:, None] - centre[..., 0, None, None]
+    columns = torch.arange(WIDTH) - centre[..., 1, None, None]
+    round_distance = (rows.square() + columns.square()).sqrt()
+    square_distance = torch.maximum(rows.abs(), columns.abs())
+    distance = torch.where(is_disc[:, None, None, None], round_distance, square_distance)
+    return (radius[:, None, None, None] + 0.5 - distance).clamp(0, 1)
