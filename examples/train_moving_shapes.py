@@ -120,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         argv: Words of the command line; None: those of this process.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600, help="steps of dense training")
+    parser.add_argument("--steps", type=int, default=400, help="steps of dense training")
     parser.add_argument("--finetune-steps", type=int, default=300, help="steps of each copy")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of tiles left out")
     parser.add_argument("--batch", type=int, default=2, help="videos in a batch")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 FRAMES, HEIGHT, WIDTH = 6, 26, 26
 CHANNELS = 3
-SHAPES = 3
-_RADII = (2.0, 4.5)
-_TOP_SPEED = 3.0  # pixels a frame: in six frames a shape crosses most of the picture
+SHAPES = 2
+_RADII = (2.5, 5.0)
+_TOP_SPEED = 5.0  # pixels a frame: in six frames a shape crosses the picture
 _BRIGHTNESS = 3.0  # about unit variance over all pixels, as flow matching likes it
 
 

@@ -95,7 +95,7 @@ class VideoDiT(nn.Module):
         grid_thw: tuple[int, int, int],
         dim: int = 64,
         heads: int = 2,
-        depth: int = 3,
+        depth: int = 2,
     ) -> None:
         super().__init__()
         self.patch_embed = nn.Conv3d(channels + 1, dim, PATCH, PATCH)

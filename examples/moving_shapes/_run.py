@@ -36,7 +36,7 @@ GATE = "to_gate_compress"
 GRID = (FRAMES // PATCH[0], HEIGHT // PATCH[1], WIDTH // PATCH[2])
 RATE = 3e-3
 HELD_OUT_SEED = 1_000_000  # the same videos for every run
-RAMP_SHARE, RAMP_RATE = 0.4, 0.05  # of fine-tuning; of sparsity at a time
+RAMP_SHARE, RAMP_RATE = 0.3, 0.05  # of fine-tuning; of sparsity at a time
 
 
 class Run:
