@@ -1,6 +1,6 @@
 """Run benchmark suites and record the results.
 
-python -m benchmarks [kernel sta swba model masks overhead] [--rounds 7] [--output FILE]
+python -m benchmarks [kernel sta swba vsa model masks overhead] [--rounds 7] [--output FILE]
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from benchmarks import model
 from benchmarks import overhead
 from benchmarks import sta
 from benchmarks import swba
+from benchmarks import vsa
 from benchmarks.timing import environment
 
 SUITES = {
     "kernel": kernel.run,
     "sta": sta.run,
     "swba": swba.run,
+    "vsa": vsa.run,
     "model": model.run,
     "masks": masks.run,
     "overhead": overhead.run,

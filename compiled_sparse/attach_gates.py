@@ -6,6 +6,7 @@ attention module, so that checkpoints, optimisers, LoRA and sharding see it like
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,8 +22,9 @@ GATE = "_compiled_sparse_gate"
 
 _NO_GATE = ("", 0)
 _ADDED = "_compiled_sparse_added_gate"
-_QUERY_NAMES = ("to_q", "q_proj", "query_proj", "query", "wq", "linear_q", "q")
-_FUSED_NAMES = ("to_qkv", "qkv_proj", "qkv", "query_key_value", "wqkv", "Wqkv", "linear_qkv")
+_QUERY = re.compile(r"(?:.*_)?(?:w?q|query)(?:_proj|_linear)?")
+_FUSED = re.compile(r"(?:.*_)?(?:w?qkv|query_key_value)(?:_proj|_linear)?", re.IGNORECASE)
+_OF_TEXT = re.compile(r"te?xt|context|encoder|add_")
 
 
 def wanted_gate(configs: Iterable[MechanismConfig]) -> str | None:
@@ -80,7 +82,7 @@ def add_gate(module: nn.Module, name: str | None) -> None:
         return
     width, out_width = _width(module, name)
     if getattr(module, name, None) is None:
-        like = next(p for p in _projection(module).parameters())
+        like = next(_projection(module)[0].parameters())
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         gate = nn.Linear(width, out_width, device=like.device, dtype=dtype)
         nn.init.zeros_(gate.weight)
@@ -112,17 +114,22 @@ def traced_gate(module: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> lis
     return []
 
 
-def _projection(module: nn.Module) -> nn.Module:
-    names = (*_QUERY_NAMES, *_FUSED_NAMES)
-    found = [getattr(module, name, None) for name in names]
-    known = [each for each in found if isinstance(each, nn.Module) and _features(each) is not None]
-    if known:
-        return known[0]
+def _projection(module: nn.Module) -> tuple[nn.Module, int]:
+    """Return the layer that makes the queries, and of how many parts it makes one."""
+    linear = [
+        (name, each)
+        for name, each in module.named_children()
+        if _features(each) is not None and not _OF_TEXT.search(name)
+    ]
+    for pattern, parts in ((_QUERY, 1), (_FUSED, 3)):
+        found = [each for name, each in linear if pattern.fullmatch(name)]
+        if found:
+            return found[0], parts
     raise AttachError(
         "nothing tells how wide the module's learned gate is",
         got=f"{type(module).__name__} with the children "
-        + ", ".join(name for name, _ in module.named_children()),
-        expected="a linear layer called like " + ", ".join(names[:3]) + " or qkv",
+        + (", ".join(name for name, _ in module.named_children()) or "(none)"),
+        expected="a linear layer called like to_q, q_proj, query or qkv",
         next_step="give the module a gate of its own, nn.Linear(channels, heads * head_dim)",
     )
 
@@ -133,10 +140,9 @@ def _width(module: nn.Module, name: str) -> tuple[int, int]:
     features = None if own is None else _features(own)
     if features is not None:
         return features
-    projection = _projection(module)
+    projection, parts = _projection(module)
     width, out_width = _features(projection) or (0, 0)
-    is_fused = all(getattr(module, each, None) is not projection for each in _QUERY_NAMES)
-    return width, out_width // 3 if is_fused else out_width
+    return width, out_width // parts
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
