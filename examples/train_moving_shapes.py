@@ -131,10 +131,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--plot", type=Path, help="the picture; losses.png in the folder if left out"
     )
     parser.add_argument("--windows", action="store_true", help="fine-tune sliding windows, too")
+    parser.add_argument("--inner", default="inductor", help="who compiles; aot_eager starts sooner")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.steps, arguments.finetune_steps, arguments.held_out = 8, 12, 8
+        arguments.inner = "aot_eager"
     return arguments
 
 

@@ -99,6 +99,10 @@ class VideoDiT(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_embed = nn.Conv3d(channels + 1, dim, PATCH, PATCH)
+        self.places = nn.ParameterList(
+            nn.Parameter(0.02 * torch.randn(dim, *(n if i == axis else 1 for i in range(3))))
+            for axis, n in enumerate(grid_thw)
+        )
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False)
@@ -116,6 +120,8 @@ class VideoDiT(nn.Module):
             time: From 0, no noise, to 1, noise alone [batch].
         """
         x = self.patch_embed(video)
+        for place in self.places:
+            x = x + place
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)
         embedded = F.silu(self.time_embed(_waves(time, x.shape[-1])))

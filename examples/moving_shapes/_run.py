@@ -75,7 +75,7 @@ class Run:
         Args:
             model: The model.
         """
-        compiled: Velocity = torch.compile(model)
+        compiled: Velocity = torch.compile(model, backend=self.arguments.inner)
         steps = self.arguments.steps
         adam = optimiser(model, RATE, GATE)
         with progress(self.console, "training, dense", steps) as show:
@@ -144,7 +144,8 @@ class Run:
         report = handle.load_state_dict(load_file(path))
         self.console.print(f"{path.name}: {len(report.found)} parameters of gates found, "
                            f"{len(report.zero_filled)} set to zero")  # fmt: skip
-        return model, torch.compile(model, backend="compiled_sparse")
+        options = {"inner": self.arguments.inner}
+        return model, torch.compile(model, backend="compiled_sparse", options=options)
 
     def save(self, model: nn.Module, name: str) -> Path:
         """Write a model's parameters, gates among them; return where.
