@@ -84,7 +84,7 @@ def compare(run: Run) -> Results:
     run.save(dense_model, "dense_finetuned")
     windows = fine_tuned_windows(run, checkpoint) if arguments.windows else None
     plot(run.folder / "losses.png" if arguments.plot is None else arguments.plot,
-         dense_curve, sparse_curve, zero_shot)  # fmt: skip
+         dense_curve, sparse_curve)  # fmt: skip
     return Results(
         trivial=evaluate(lambda video, time: torch.zeros_like(video[:, :CHANNELS]), run.held_out),
         dense_before=dense_before,
@@ -120,8 +120,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         argv: Words of the command line; None: those of this process.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="steps of dense training")
-    parser.add_argument("--finetune-steps", type=int, default=300, help="steps of each copy")
+    parser.add_argument("--steps", type=int, default=500, help="steps of dense training")
+    parser.add_argument("--finetune-steps", type=int, default=400, help="steps of each copy")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of tiles left out")
     parser.add_argument("--batch", type=int, default=2, help="videos in a batch")
     parser.add_argument("--held-out", type=int, default=96, help="videos to evaluate on")

@@ -43,9 +43,20 @@ def test_shapes_stay_inside_the_picture_and_bounce_off_its_walls() -> None:
     start = torch.tensor([[[0.5, 0.0]]])
     velocity = torch.tensor([[[9.0, -4.0]]])
     rows, columns = _data._bounced(start, velocity, radius)[0, 0].T
-    # From the middle of rows 2 to 23 by 9 a frame; from column 2 by 4, away from the wall.
-    assert rows.tolist() == [12.5, 21.5, 15.5, 6.5, 6.5, 15.5]
+    # From the middle of rows 2 to 23 by 9 a frame, rounded to whole patches: 12.5, 21.5, 15.5, ...
+    assert rows.tolist() == [12.0, 22.0, 16.0, 6.0, 6.0, 16.0]
+    # From column 2 by 4, away from the wall.
     assert columns.tolist() == [2.0, 6.0, 10.0, 14.0, 18.0, 22.0]
+
+
+def test_a_surface_moves_with_its_shape() -> None:
+    from moving_shapes import _data
+
+    picture = torch.rand(1, _data.CHANNELS, 13, 13)
+    centres = torch.tensor([[[8.0, 8.0], [10.0, 6.0]] * 3])
+    surface = _data._surface(*_data._distances(centres), picture)
+    assert torch.equal(surface[:, :, 0, 6:12, 6:12], surface[:, :, 1, 8:14, 4:10])
+    assert torch.equal(surface[:, :, 0, 2:15, 2:15], picture)
 
 
 def test_held_out_times_are_spread_evenly() -> None:

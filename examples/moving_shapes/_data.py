@@ -13,7 +13,9 @@ CHANNELS = 3
 SHAPES = 2
 _RADII = (2.5, 5.0)
 _TOP_SPEED = 5.0  # pixels a frame: in six frames a shape crosses the picture
-_BRIGHTNESS = 3.0  # about unit variance over all pixels, as flow matching likes it
+_STEP = 2  # shapes move by whole patches
+_REACH = 6  # pixels from the centre of the largest shape to its edge
+_BRIGHTNESS, _TEXTURE = 2.0, 1.5  # of a shape's mean colour, and of its pixels around it
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def held_out(size: int, count: int, seed: int) -> list[Batch]:
 def videos(size: int, generator: torch.Generator) -> Tensor:
     """Return videos of moving shapes [size, 3, 6, 26, 26].
 
-    Each shape has a colour, a radius, a place and a velocity of its own; half of them are discs.
+    Each shape has a surface, a radius, a place and a velocity of its own; half of them are discs.
 
     Args:
         size: Number of videos.
@@ -76,13 +78,17 @@ def videos(size: int, generator: torch.Generator) -> Tensor:
     radius = _uniform(shape, *_RADII, generator)
     velocity = _uniform((*shape, 2), -_TOP_SPEED, _TOP_SPEED, generator)
     start = torch.rand((*shape, 2), generator=generator)
-    colour = _uniform((*shape, CHANNELS), -_BRIGHTNESS, _BRIGHTNESS, generator)
+    colour = _uniform((*shape, CHANNELS, 1, 1), -_BRIGHTNESS, _BRIGHTNESS, generator)
+    side = 2 * _REACH + 1
+    texture = _TEXTURE * torch.randn((*shape, CHANNELS, side, side), generator=generator)
     is_disc = torch.rand(shape, generator=generator) < 0.5
     places = _bounced(start, velocity, radius)
     result = torch.zeros(size, CHANNELS, FRAMES, HEIGHT, WIDTH)
     for each in range(SHAPES):  # later shapes are in front
-        cover = _cover(places[:, each], radius[:, each], is_disc[:, each])[:, None]
-        result = torch.lerp(result, colour[:, each, :, None, None, None], cover)
+        rows, columns = _distances(places[:, each])
+        cover = _cover(rows, columns, radius[:, each], is_disc[:, each])[:, None]
+        surface = _surface(rows, columns, (colour + texture)[:, each])
+        result = torch.lerp(result, surface, cover)
     return result
 
 
@@ -91,20 +97,34 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.G
 
 
 def _bounced(start: Tensor, velocity: Tensor, radius: Tensor) -> Tensor:
-    """Return the centres [videos, shapes, frames, 2]: straight lines, folded at the walls."""
+    """Return centres [videos, shapes, frames, 2]: straight lines, folded at walls, then rounded."""
     room = torch.tensor([HEIGHT, WIDTH]) - 1 - 2 * radius[..., None]
     frames = torch.arange(FRAMES)[:, None]
     straight = (start * room)[:, :, None] + velocity[:, :, None] * frames
     period = 2 * room[:, :, None]
     folded = straight.remainder(period)
-    return torch.minimum(folded, period - folded) + radius[..., None, None]
+    places = torch.minimum(folded, period - folded) + radius[..., None, None]
+    return _STEP * (places / _STEP).round()
 
 
-def _cover(centre: Tensor, radius: Tensor, is_disc: Tensor) -> Tensor:
-    """Return how much of each pixel one shape covers [videos, frames, height, width]."""
+def _distances(centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return by how many rows and columns pixels are off a shape's centre, by video and frame."""
     rows = torch.arange(HEIGHT)[:, None] - centre[..., 0, None, None]
     columns = torch.arange(WIDTH) - centre[..., 1, None, None]
+    return rows, columns
+
+
+def _cover(rows: Tensor, columns: Tensor, radius: Tensor, is_disc: Tensor) -> Tensor:
+    """Return how much of each pixel one shape covers [videos, frames, height, width]."""
     round_distance = (rows.square() + columns.square()).sqrt()
     square_distance = torch.maximum(rows.abs(), columns.abs())
     distance = torch.where(is_disc[:, None, None, None], round_distance, square_distance)
     return (radius[:, None, None, None] + 0.5 - distance).clamp(0, 1)
+
+
+def _surface(rows: Tensor, columns: Tensor, picture: Tensor) -> Tensor:
+    """Return a picture that moves with its shape [videos, channels, frames, height, width]."""
+    row, column = ((each + _REACH).clamp(0, 2 * _REACH).long() for each in (rows, columns))
+    places = (row * picture.shape[-1] + column).flatten(1)
+    colours = picture.flatten(2).gather(2, places[:, None].expand(-1, CHANNELS, -1))
+    return colours.unflatten(2, (FRAMES, HEIGHT, WIDTH))

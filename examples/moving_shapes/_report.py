@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _DENSE, _SPARSE, _RAMP = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito
-_SMOOTHING = 0.95
+_SMOOTHING = 0.98  # batches are small and times random: single losses differ tenfold
 
 
 def require_extras() -> None:
@@ -89,14 +88,13 @@ def gap_percent(loss: float, baseline: float) -> float:
     return 100 * (loss / baseline - 1)
 
 
-def plot(path: Path, dense: Curve, sparse: Curve, zero_shot: float) -> None:
+def plot(path: Path, dense: Curve, sparse: Curve) -> None:
     """Draw the losses of fine-tuning side by side, the sparsity on a second axis.
 
     Args:
         path: The PNG to write.
         dense: The dense run.
         sparse: The sparse run.
-        zero_shot: Evaluation loss of sparse attention before fine-tuning.
     """
     from matplotlib.figure import Figure
 
@@ -105,15 +103,15 @@ def plot(path: Path, dense: Curve, sparse: Curve, zero_shot: float) -> None:
     _draw(axes[0], dense, _DENSE, "dense")
     _draw(axes[1], sparse, _SPARSE, "VSA")
     axes[0].set_ylabel("flow matching loss")
-    axes[1].axhline(zero_shot, color=_SPARSE, linestyle=":", label="held out, without fine-tuning")
     final = list(dense.evaluated.values())[-1]
     axes[1].axhline(final, color=_DENSE, linestyle=":", label="held out, dense at the end")
-    losses = [*_smoothed(dense.train), *_smoothed(sparse.train), zero_shot, final]
-    axes[0].set_ylim(0.9 * min(losses), 1.1 * max(losses))
+    held_out = [*dense.evaluated.values(), *sparse.evaluated.values()]
+    losses = [*_smoothed(dense.train), *_smoothed(sparse.train), *held_out]
+    axes[0].set_ylim(0.98 * min(losses), 1.08 * max(losses))
     ramp = axes[1].twinx()
-    ramp.plot(range(1, len(sparse.sparsity) + 1), sparse.sparsity, color=_RAMP)
+    ramp.plot(range(1, len(sparse.sparsity) + 1), sparse.sparsity, color=_RAMP, linewidth=1)
     ramp.set_ylabel("sparsity", color=_RAMP)
-    ramp.set_ylim(0, 1)
+    ramp.set_ylim(0, 1.5)  # above the ramp is the legend
     for each in axes:
         each.legend(loc="upper right", fontsize=8)
     figure.savefig(path)
@@ -121,8 +119,7 @@ def plot(path: Path, dense: Curve, sparse: Curve, zero_shot: float) -> None:
 
 def _draw(axes: Axes, curve: Curve, colour: str, name: str) -> None:
     steps = range(1, len(curve.train) + 1)
-    axes.plot(steps, curve.train, color=colour, alpha=0.15, linewidth=0.8)
-    axes.plot(steps, _smoothed(curve.train), color=colour, label="training, smoothed")
+    axes.plot(steps, _smoothed(curve.train), color=colour, alpha=0.6, label="training, smoothed")
     done, losses = list(curve.evaluated), list(curve.evaluated.values())
     axes.plot(done, losses, "o", color=colour, markeredgecolor="black", label="held out")
     axes.set_title(f"fine-tuning: {name}")
@@ -130,5 +127,9 @@ def _draw(axes: Axes, curve: Curve, colour: str, name: str) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Return the running mean, in which old values fade."""
-    return list(accumulate(values, lambda mean, x: _SMOOTHING * mean + (1 - _SMOOTHING) * x))
+    """Return the running mean, in which old values fade; the first few count alike."""
+    means: list[float] = []
+    for count, value in enumerate(values, start=1):
+        share = max(1 - _SMOOTHING, 1 / count)
+        means.append(value if count == 1 else means[-1] + share * (value - means[-1]))
+    return means

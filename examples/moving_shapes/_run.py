@@ -113,6 +113,7 @@ class Run:
             if done % every == 0 or done == steps:
                 curve.evaluated[done] = self.evaluate(compiled)
 
+        curve.evaluated[0] = self.evaluate(compiled)
         adam = optimiser(model, RATE / 2, GATE)
         data = batches(self.arguments.batch, self.arguments.seed + 1000)
         with progress(self.console, title, steps) as show:
