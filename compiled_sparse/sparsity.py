@@ -57,7 +57,7 @@ def _is_integer(value: object, least: int) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
