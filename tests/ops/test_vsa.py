@@ -510,8 +510,9 @@ def op_arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "key mask"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_accepts_the_op(dtype: torch.dtype, masked: bool, kind: str) -> None:
+    # Not bfloat16: eagerly and traced, sums of gradients over a tile are rounded at other points.
     case = of_kind(VIDEO_AND_TEXT, kind)
     case = case._replace(key_mask=padding(case) if masked else None)
     inputs = [over_blhd(each) for each in tensors(case, kind, kv_heads=1, dtype=dtype)]
