@@ -74,6 +74,7 @@ def attention(
         grid_thw, text = _sequence(q.shape[2], grid_thw, text or Text()), None
     mechanism = mechanism_of(config)
     if mechanism is not None and mechanism.reference is not None:
+        _checked_tile(config, q.shape[2], k.shape[2], grid_thw, text or Text())
         optional = {} if gate is None else {"gate": gate}
         both = mechanism.reference(
             q,
@@ -166,6 +167,19 @@ def token_mask(
         )
     if config.grid_is_sequence:
         grid_thw, text = _sequence(key_length, grid_thw, text), Text()
+    tile = _checked_tile(config, query_length, key_length, grid_thw, text)
+    from_video = (queries - text.before, keys - text.before)
+    return mechanism.token_mask(config, *from_video, tuple(grid_thw or ()), tile)[None]
+
+
+def _checked_tile(
+    config: MechanismConfig,
+    query_length: int,
+    key_length: int,
+    grid_thw: tuple[int, ...] | None,
+    text: Text,
+) -> tuple[int, ...]:
+    """Return the tile on a grid, which with the text has to add up to the lengths."""
     if grid_thw is None:
         raise MissingGridError(
             f"{config.name} needs the token grid",
@@ -182,5 +196,4 @@ def token_mask(
             expected=f"length {length}",
             next_step="pass the grid in tokens after patching, and the text token counts",
         )
-    from_video = (queries - text.before, keys - text.before)
-    return mechanism.token_mask(config, *from_video, tuple(grid_thw), tile)[None]
+    return tile
