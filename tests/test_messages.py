@@ -136,6 +136,14 @@ CASES = {
         'tile_thw="auto"',
         lambda: cs.STA(window_thw=(3,)),
     ),
+    "sparsity of a mechanism without": Case(
+        errors.ConfigError,
+        "sta has no sparsity that could be replaced",
+        "sparsity=0.5",
+        "sparsity=None",
+        "by its window",
+        lambda: cs.STA().check_sparsity(0.5),
+    ),
     "block and window": Case(
         errors.ConfigError,
         "SWBA has a value that is not a positive integer",

@@ -105,13 +105,14 @@ def spread_over_tokens(pooled: Tensor, grid: Sequence[Any], tile: Sequence[int])
         spread: Tensor = _Spread.apply(pooled, layout)  # type: ignore[no-untyped-call]
         return spread
     tiles = count_tiles(grid, tile)
-    x: Tensor = pooled.unflatten(_FIRST_AXIS, tiles)
+    # In the dtype of sums for the backward, which adds up axis by axis.
+    x: Tensor = pooled.to(compute_dtype(pooled)).unflatten(_FIRST_AXIS, tiles)
     for axis, (extent, side) in enumerate(zip(grid, tile, strict=True)):
         dim = _FIRST_AXIS + axis
         x = x.unsqueeze(dim + 1)
         x = x.expand(*(side if i == dim + 1 else -1 for i in range(x.dim())))
         x = _resized(x.flatten(dim, dim + 1), dim, extent - tiles[axis] * side)
-    return x.flatten(_FIRST_AXIS, -2)
+    return x.flatten(_FIRST_AXIS, -2).to(pooled.dtype)
 
 
 class _Spread(torch.autograd.Function):

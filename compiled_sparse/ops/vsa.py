@@ -85,6 +85,7 @@ def _vsa(
 ) -> tuple[Tensor, Tensor]:
     geometry = _Geometry(grid, tile, text_before, text_after)
     _check(q, k, v, key_mask, geometry, gate)
+    _check_sparsity(given_sparsity)
     visible = None if key_mask is None else geometry.video(key_mask, 1)
     scores = _scores(q, k, geometry, visible, scale)
     selected = _select(scores, sparsity, given_sparsity)
@@ -127,6 +128,17 @@ def _check(
             got=f"gate {gate.dtype}, q {q.dtype}",
             expected="one dtype",
             next_step="cast the gate with .to(q.dtype)",
+        )
+
+
+def _check_sparsity(sparsity: Tensor | None) -> None:
+    """Check that no rounding of the number changes how many tiles it keeps."""
+    if sparsity is not None and (sparsity.dim() or sparsity.dtype != torch.float64):
+        raise DtypeError(
+            "the sparsity is no float64 tensor without axes",
+            got=f"{sparsity.dtype} of shape {tuple(sparsity.shape)}",
+            expected="one number in float64",
+            next_step="pass torch.tensor(0.9, dtype=torch.float64)",
         )
 
 

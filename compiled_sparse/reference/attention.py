@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import at_sparsity
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MissingGridError
@@ -67,9 +66,8 @@ def attention(
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
     config.check_gate(gate is not None)
-    config = config.at(step, layer)
-    if config.has_sparsity and sparsity is not None:
-        config = dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
+    config.check_sparsity(sparsity)
+    config = at_sparsity(config.at(step, layer), sparsity)
     if config.grid_is_sequence:
         grid_thw, text = _sequence(q.shape[2], grid_thw, text or Text()), None
     mechanism = mechanism_of(config)

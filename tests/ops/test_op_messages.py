@@ -148,13 +148,13 @@ CASES = {
         "after patching",
         lambda: call(grid=(11,)),
     ),
-    "sparsity of a mechanism without": Case(
-        errors.ConfigError,
-        "sta has no sparsity that could be replaced",
-        "sparsity=0.5",
-        "sparsity=None",
-        "by its window",
-        lambda: attend(cs.STA(), sparsity=0.5),
+    "sparsity as a tensor": Case(
+        errors.DtypeError,
+        "the sparsity is no float64 tensor without axes",
+        "torch.float32 of shape (1,)",
+        "one number in float64",
+        "dtype=torch.float64",
+        lambda: attend(cs.VSA(), sparsity=torch.ones(1)),
     ),
     "shape of a gate": Case(
         errors.ShapeError,
