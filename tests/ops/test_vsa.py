@@ -557,6 +557,20 @@ def test_a_compiled_call_gives_the_eager_values_strides_and_gradients(
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_traced_gradients_in_low_precision_are_within_a_rounding_of_eager_ones(
+    backend: str,
+) -> None:
+    inputs = tensors(VIDEO_AND_TEXT, dtype=torch.bfloat16)
+    weights = weights_for(inputs)
+    eager = vsa(VIDEO_AND_TEXT)
+    compiled = torch.compile(eager, fullgraph=True, backend=backend)
+    actual, expected = outcome(compiled, inputs, weights), outcome(eager, inputs, weights)
+    for name, each in actual.items():
+        assert relative(each, expected[name]) < 5e-3, (name, relative(each, expected[name]))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_another_sparsity_in_a_tensor_compiles_nothing(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
 
