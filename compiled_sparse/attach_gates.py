@@ -24,7 +24,7 @@ _NO_GATE = ("", 0)
 _ADDED = "_compiled_sparse_added_gate"
 _QUERY = re.compile(r"(?:.*_)?(?:w?q|query)(?:_proj|_linear)?")
 _FUSED = re.compile(r"(?:.*_)?(?:w?qkv|query_key_value)(?:_proj|_linear)?", re.IGNORECASE)
-_OF_TEXT = re.compile(r"te?xt|context|encoder|add_")
+_OF_TEXT = re.compile(r"text|txt|context|encoder|add_")
 
 
 def wanted_gate(configs: Iterable[MechanismConfig]) -> str | None:

@@ -106,6 +106,20 @@ class MechanismConfig:
                 next_step="leave the gate out, or name a mechanism that has one, such as VSA()",
             )
 
+    def check_sparsity(self, sparsity: object) -> None:
+        """Check that a sparsity given for a call can replace one of the config's.
+
+        Raises:
+            ConfigError: if the config has none.
+        """
+        if sparsity is not None and not self.has_sparsity:
+            raise ConfigError(
+                f"{self.name or type(self).__name__} has no sparsity that could be replaced",
+                got=f"sparsity={sparsity!r}",
+                expected="sparsity=None",
+                next_step="choose the work to leave out in the config, by its window for instance",
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values, with `version` and `mechanism`."""
         return {"version": FORMAT_VERSION, "mechanism": self.name, **dataclasses.asdict(self)}

@@ -202,7 +202,9 @@ def metadata(
         _current.reset(token)
 
 
-def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any], Any]:
+def step_callback(
+    num_steps: int | None = None, *, sparsity: Callable[[int], float | None] | None = None
+) -> Callable[[Any, int, Any, Any], Any]:
     """Return a function that tells this package the step a diffusers pipeline is at.
 
     Pass it as `pipe(..., callback_on_step_end=cs.step_callback())`. Making it sets step 0 for the
@@ -212,14 +214,16 @@ def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any]
     Args:
         num_steps: Number of denoising steps, for the first step: after it `num_timesteps` of the
             pipeline holds where there is one. A warning says if they differ.
+        sparsity: From a step to the sparsity it runs at, as for `metadata`; left out, nothing is
+            said of it.
 
     Returns:
         A callable for `callback_on_step_end`; it returns the keyword arguments it was given.
 
     Raises:
-        MetadataError: if `num_steps` is not a positive integer.
+        MetadataError: if `num_steps` is not a positive integer, or a sparsity is out of range.
     """
-    _set_step(0, num_steps)
+    _set_step(0, num_steps, sparsity)
     has_warned = False
 
     def after_step(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
@@ -235,15 +239,19 @@ def step_callback(num_steps: int | None = None) -> Callable[[Any, int, Any, Any]
                 total,
             )
         is_last = total is not None and step + 1 >= total
-        _set_step(0 if is_last else step + 1, total)
+        _set_step(0 if is_last else step + 1, total, sparsity)
         return kwargs
 
     return after_step
 
 
-def _set_step(step: int, num_steps: int | None) -> None:
+def _set_step(
+    step: int, num_steps: int | None, sparsity: Callable[[int], float | None] | None
+) -> None:
     state = _current.get()
     call = dataclasses.replace(state.call, step=step, num_steps=num_steps)
+    if sparsity is not None:
+        call = dataclasses.replace(call, sparsity=sparsity(step))
     _current.set(dataclasses.replace(state, call=call))
 
 

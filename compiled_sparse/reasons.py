@@ -24,8 +24,8 @@ REASONS: dict[str, str] = {
     "layout_unknown": "The token grid is not proven. Pass cs.metadata(grid_thw=(T, H, W)).",
     "gate_missing": "The policy names a learned gate that the module does not have. Add it with "
     "cs.attach(model, policy).",
-    "gate_unplaced": "The hidden state that the module's learned gate weighs is not proven: it must "
-    "be what queries, keys and values are projected from. Compute the gate in the module and call "
+    "gate_unplaced": "The hidden state of the module's learned gate is not proven: it must be what "
+    "queries, keys and values are projected from. Compute the gate in the module and call "
     "cs.attention(gate=...).",
     "gate_unused": "The module has a learned gate, and the policy says ungated. Use gate=None, or "
     "remove the gate.",

@@ -100,7 +100,7 @@ def assert_matches_oracle(
     actual = _outputs_and_gradients(implementation, (q, k, v), weights, gradients)
     exact = _outputs_and_gradients(dense, _cast(torch.float64, q, k, v), weights, gradients)
     plain = [
-        _textbook((q, k, v), weights, mask, key_mask, scale, (factor_on, base, rounded))
+        textbook((q, k, v), weights, mask, key_mask, scale, (factor_on, base, rounded))
         for factor_on in ("queries", "keys", "scores")
         for base in (math.e, 2.0)
     ]
@@ -108,7 +108,7 @@ def assert_matches_oracle(
         assert_error_within_budget(name, result, exact[name], *(each[name] for each in plain))
 
 
-def _textbook(
+def textbook(
     inputs: tuple[Tensor, ...],
     weights: tuple[Tensor, Tensor],
     mask: Tensor,

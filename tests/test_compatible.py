@@ -33,6 +33,14 @@ def test_a_call_that_fits_is_answered_with_density_and_gain() -> None:
     assert answer.predicted_gain == pytest.approx(0.8 / answer.density)
 
 
+def test_the_density_of_selected_tiles_is_that_of_their_number() -> None:
+    answers = cs.compatible(**CALL, dtype=torch.bfloat16)
+    (answer,) = (each for each in answers if each.mechanism == "vsa")
+    assert (answer.ok, answer.config) == (True, cs.VSA(sparsity=0.9))
+    assert answer.density == pytest.approx(63 / 624)  # ceil(0.1 * 6 * 8 * 13) of the tiles
+    assert answer.predicted_gain == pytest.approx(0.8 / answer.density)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

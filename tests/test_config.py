@@ -62,6 +62,75 @@ def test_a_sequence_is_cut_into_blocks_whatever_its_length() -> None:
     assert not cs.SWBA().needs_static_grid
 
 
+@st.composite
+def vsa_configs(draw: st.DrawFn) -> cs.VSA:
+    axes = draw(st.integers(1, 3))
+    return cs.VSA(
+        sparsity=draw(st.floats(0, 1, exclude_max=True)),
+        tile_thw=draw(st.tuples(*[st.integers(1, 20)] * axes)),
+        gate=draw(st.sampled_from([None, "ungated", "to_gate_compress"])),
+    )
+
+
+@given(vsa_configs())
+def test_sparsity_tile_and_gate_survive_both_round_trips(config: cs.VSA) -> None:
+    assert MechanismConfig.from_json(config.to_json()) == config
+    assert parse_spec(config.describe()) == config
+    assert hash(parse_spec(config.describe())) == hash(config)
+
+
+@pytest.mark.parametrize("sparsity", [1, 1.0, -0.1, 2, float("nan"), "0.9", None, True], ids=repr)
+def test_a_sparsity_that_is_no_share_is_refused(sparsity: object) -> None:
+    with pytest.raises(ConfigError, match=r"VSA\.sparsity is out of range"):
+        cs.VSA(sparsity=sparsity)
+
+
+@pytest.mark.parametrize("tile", [(), (0, 4, 4), (4, 4, 4.0), (True, 4, 4), "auto", None], ids=repr)
+def test_a_tile_of_means_is_made_of_positive_integers(tile: object) -> None:
+    with pytest.raises(ConfigError, match=r"VSA\.tile_thw is not made of positive integers"):
+        cs.VSA(tile_thw=tile)
+
+
+@pytest.mark.parametrize("gate", ["", "a b", "attn.gate", 3, True, ("to_gate",)], ids=repr)
+def test_a_gate_that_is_no_name_is_refused(gate: object) -> None:
+    with pytest.raises(ConfigError, match=r"VSA\.gate is no name"):
+        cs.VSA(gate=gate)
+
+
+def test_a_named_gate_is_needed_an_ungated_config_takes_none_and_no_name_takes_either() -> None:
+    assert [cs.VSA(gate=gate).gate_name for gate in (None, "ungated", "to_gate")] == [
+        None,
+        None,
+        "to_gate",
+    ]
+    for gate in (False, True):
+        cs.VSA().check_gate(gate)
+    cs.VSA(gate="ungated").check_gate(False)
+    cs.VSA(gate="to_gate").check_gate(True)
+    with pytest.raises(ConfigError, match="given to an ungated config"):
+        cs.VSA(gate="ungated").check_gate(True)
+    with pytest.raises(ConfigError, match="names a learned gate and none is given"):
+        cs.VSA(gate="to_gate").check_gate(False)
+
+
+@pytest.mark.parametrize("config", [cs.Dense(), Auto(), cs.STA(), cs.SWBA()], ids=repr)
+def test_mechanisms_without_a_gate_refuse_one(config: MechanismConfig) -> None:
+    config.check_gate(False)
+    with pytest.raises(ConfigError, match="takes no gate"):
+        config.check_gate(True)
+    assert config.gate_name is None
+    assert not config.has_sparsity
+
+
+def test_means_are_of_the_same_tile_on_every_grid_of_its_axes() -> None:
+    assert cs.VSA().resolve_tile((21, 30, 52)) == cs.VSA().tile_thw == (4, 4, 4)
+    assert cs.VSA(tile_thw=64) == cs.VSA(tile_thw=(64,))
+    assert not cs.VSA().needs_static_grid
+    assert cs.VSA().has_sparsity
+    with pytest.raises(LayoutError, match="different numbers of axes"):
+        cs.VSA().resolve_tile((30, 52))
+
+
 @pytest.mark.parametrize("config", [cs.Dense(), Auto()], ids=repr)
 def test_configs_without_fields_survive_both_round_trips(config: MechanismConfig) -> None:
     assert MechanismConfig.from_json(config.to_json()) == config
@@ -144,7 +213,7 @@ def test_a_grid_with_other_axes_than_the_config_has_no_tile(tile: object) -> Non
 
 
 def test_every_mechanism_is_registered_by_its_name() -> None:
-    assert known_mechanisms() == ("auto", "dense", "sta", "swba")
+    assert known_mechanisms() == ("auto", "dense", "sta", "swba", "vsa")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +229,12 @@ def test_every_mechanism_is_registered_by_its_name() -> None:
         ("sta:", cs.STA()),
         ("swba", cs.SWBA()),
         ("swba:block=64,window=2", cs.SWBA(block=64, window=2)),
+        ("vsa", cs.VSA()),
+        (
+            "vsa:sparsity=0.8,tile_thw=4x4x4,gate=to_gate_compress",
+            cs.VSA(sparsity=0.8, tile_thw=(4, 4, 4), gate="to_gate_compress"),
+        ),
+        ("vsa:sparsity=0,tile_thw=8x8", cs.VSA(sparsity=0, tile_thw=(8, 8))),
     ],
 )
 def test_spec_strings_are_read_with_any_spaces_and_case(spec: str, config: object) -> None:

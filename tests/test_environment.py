@@ -25,6 +25,8 @@ from compiled_sparse.errors import UnknownMechanismError
         (" STA ", cs.Policy({"*": cs.STA()})),
         ("SLIDING_TILE_ATTN", cs.Policy({"*": cs.STA()})),
         ("torch_sdpa", cs.Policy({"*": cs.Dense()})),
+        ("VIDEO_SPARSE_ATTN", cs.Policy({"*": cs.VSA()})),
+        ("vsa:sparsity=0.8,gate=ungated", cs.Policy({"*": cs.VSA(sparsity=0.8, gate="ungated")})),
         ("sta:window_thw=1x3x3", cs.Policy({"*": cs.STA(window_thw=(1, 3, 3))})),
         ("auto", cs.Policy({"*": cs.Auto()})),
         ("careful", cs.quality("careful")),
@@ -61,7 +63,7 @@ def test_a_file_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         policy_from_environment()
 
 
-@pytest.mark.parametrize("value", ["sliding", "FLASH_ATTN", "sta2", "VIDEO_SPARSE_ATTN", "vsa"])
+@pytest.mark.parametrize("value", ["sliding", "FLASH_ATTN", "sta2", "VMOBA_ATTN", "vmoba"])
 def test_an_unknown_value_is_an_error_that_lists_what_is_known(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,15 +78,16 @@ def test_an_unknown_value_is_an_error_that_lists_what_is_known(
 
 def test_a_known_name_without_its_mechanism_says_so() -> None:
     with pytest.raises(UnknownMechanismError) as caught:
-        mechanism_from_name("VIDEO_SPARSE_ATTN")
+        mechanism_from_name("VMOBA_ATTN")
     assert "this release does not have the mechanism" in caught.value.problem
-    assert "'vsa'" in caught.value.got
+    assert "'vmoba'" in caught.value.got
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
     [
         ("sliding_tile_attn", cs.STA()),
+        ("Video_Sparse_Attn", cs.VSA()),
         ("TORCH_SDPA", cs.Dense()),
         ("Dense", cs.Dense()),
         ("sta:window_thw=1x1x1", cs.STA(window_thw=(1, 1, 1))),

@@ -190,6 +190,20 @@ def test_a_callback_starts_anew_with_the_next_run() -> None:
     assert _in_new_context(sample) == [1, 2, 1, 2, 0, 1, 2, 3, 0]
 
 
+def test_a_callback_says_the_sparsity_of_each_step() -> None:
+    def sample() -> list[float | None]:
+        callback = cs.step_callback(3, sparsity=lambda step: (0.5, 0.25, 0.0)[step])
+        seen = [current_call().sparsity]
+        for step in range(3):
+            callback(None, step, 0, {})
+            seen.append(current_call().sparsity)
+        return seen
+
+    assert _in_new_context(sample) == [0.5, 0.25, 0.0, 0.5]
+    with pytest.raises(MetadataError, match="sparsity"):
+        cs.step_callback(3, sparsity=lambda _step: 1.5)
+
+
 def test_a_callback_made_inside_a_block_ends_with_it() -> None:
     with cs.metadata(grid_thw=(2, 3), sparsity=0.5):
         cs.step_callback(4)(None, 1, 0, {})

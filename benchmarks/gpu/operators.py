@@ -21,6 +21,8 @@ TILE, WINDOW = (4, 4, 4), (1, 3, 1)
 GRID, QUICK_GRID = (5, 9, 10), (3, 9, 5)
 TEXT = cs.Text(before=7, after=77)
 LOW, FULL = torch.bfloat16, torch.float32
+VSA_TOLERANCES = {LOW: (2e-2, 5e-2), FULL: (1e-4, 1e-4)}
+"""Relative errors of output and gradients beside the reference in the same dtype."""
 
 Grid = tuple[int, int, int]
 
@@ -42,6 +44,8 @@ def cases(settings: Settings) -> dict[str, CaseFunction]:
         for dtype in (LOW, FULL):
             name = f"STA {str(dtype).removeprefix('torch.')}{suffix}"
             functions[name] = functools.partial(_sta, grid, dtype, masked, device)
+            vsa = functools.partial(_vsa, grid, dtype, masked, device)
+            functions[name.replace("STA", "VSA")] = vsa
     for dtype in (LOW, FULL):
         name = f"tile_mean and top_k_blocks {str(dtype).removeprefix('torch.')}"
         functions[name] = functools.partial(_selection, grid, dtype, device)
@@ -133,3 +137,34 @@ def _sta(grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device) -> 
     truth = run(cs.reference.attention, torch.float64)
     errors = check_errors(run(cs.attention, dtype), truth, list(plain(problem)))
     return {"errors_over_plain": {name: round(ratio, 3) for name, ratio in errors.items()}}
+
+
+def _vsa(grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
+    """Compare both branches, and all gradients, with the reference, which selects in this dtype."""
+    q, k, v = _inputs(grid, device, dtype, 64)
+    inputs = [q, k, v, torch.randn_like(q)]
+    mask = _key_mask(q.shape[2], device) if masked else None
+    weight = torch.randn_like(q)
+    config = cs.VSA(sparsity=0.6, tile_thw=TILE)
+
+    def run(attention: Any) -> list[Tensor]:
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        layout = {"grid_thw": grid, "text": TEXT, "key_mask": mask}
+        out = attention(*leaves[:3], config, gate=leaves[3], **layout)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+    pairs = zip(
+        ("out", *GRADIENTS, "grad_gate"),
+        run(cs.attention),
+        run(cs.reference.attention),
+        strict=True,
+    )
+    errors = {
+        name: float((one.double() - other.double()).norm() / other.double().norm())
+        for name, one, other in pairs
+    }
+    forward, backward = VSA_TOLERANCES[dtype]
+    for name, error in errors.items():
+        limit = forward if name == "out" else backward
+        assert error <= limit, f"{name}: relative error {error:.2e}, at most {limit:.0e}"
+    return {"relative_errors": errors}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Literal
 from typing import overload
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import at_sparsity
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import MissingGridError
 from compiled_sparse.errors import ShapeError
@@ -120,6 +120,7 @@ def attention(
         _check_arguments(grid_thw, text, step, layer)
     if isinstance(config, MechanismConfig):
         config.check_gate(gate is not None)
+        config.check_sparsity(sparsity)
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
     given: object = config
@@ -141,19 +142,12 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
-    if sparsity is not None and not config.has_sparsity:
-        raise ConfigError(
-            f"{config.name} has no sparsity that could be replaced",
-            got=f"sparsity={sparsity!r}",
-            expected="sparsity=None",
-            next_step="choose the work to leave out in the config, by its window for instance",
-        )
     if not torch.compiler.is_compiling():
         step = current_call().step if step is None else step
         sparsity = current_call().sparsity if sparsity is None else sparsity
     config = config.at(step, layer)
-    if config.has_sparsity and sparsity is not None and not isinstance(sparsity, Tensor):
-        config = dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
+    if not isinstance(sparsity, Tensor):
+        config = at_sparsity(config, sparsity)
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)

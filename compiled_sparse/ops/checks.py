@@ -33,7 +33,7 @@ KERNEL_CAPABILITIES = Capabilities(
 
 
 def check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, block_lists: tuple[Tensor, Tensor]
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, block_lists: tuple[Tensor, ...]
 ) -> None:
     """Check ranks, dtypes and devices: valid for fake tensors too, adds no guard.
 
@@ -42,7 +42,7 @@ def check_tensors(
         k: Keys.
         v: Values.
         key_mask: Key mask, if any.
-        block_lists: Indices and counts.
+        block_lists: Indices and counts, if any.
 
     Raises:
         ShapeError: if a tensor has the wrong rank.

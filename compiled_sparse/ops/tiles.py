@@ -70,11 +70,23 @@ def _sums(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
     x = x.unflatten(_FIRST_AXIS, tuple(grid))
     for axis in reversed(range(len(grid))):
         dim = _FIRST_AXIS + axis
-        missing = tiles[axis] * tile[axis] - grid[axis]
-        if not statically_known_true(missing == 0):
-            x = F.pad(x, (*(0, 0) * (x.dim() - dim - 1), 0, missing))
+        x = _resized(x, dim, tiles[axis] * tile[axis] - grid[axis])
         x = x.unflatten(dim, (tiles[axis], tile[axis])).sum(dim + 1)
     return x.flatten(_FIRST_AXIS, -2)
+
+
+def _resized(x: Tensor, dim: int, change: Any) -> Tensor:
+    """Lengthen an axis by zeros, or shorten it where the change is negative.
+
+    `narrow` is faster; where sizes are symbolic a compiler would ask whether it left anything out,
+    and compile once for either answer.
+    """
+    if statically_known_true(change == 0):
+        return x
+    if isinstance(change, int) and change < 0:
+        return x.narrow(dim, 0, x.shape[dim] + change)
+    resized: Tensor = F.pad(x, (*(0, 0) * (x.dim() - dim - 1), 0, change))
+    return resized
 
 
 def spread_over_tokens(pooled: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
@@ -89,15 +101,18 @@ def spread_over_tokens(pooled: Tensor, grid: Sequence[Any], tile: Sequence[int])
         [batch, heads, tokens of the grid, channels] in raster order.
     """
     if not is_traced(pooled):
-        spread: Tensor = _Spread.apply(pooled, BlockLayout(tuple(grid), tuple(tile)))
+        layout = BlockLayout(tuple(grid), tuple(tile))
+        spread: Tensor = _Spread.apply(pooled, layout)  # type: ignore[no-untyped-call]
         return spread
-    x = pooled.unflatten(_FIRST_AXIS, count_tiles(grid, tile))
+    tiles = count_tiles(grid, tile)
+    # In the dtype of sums for the backward, which adds up axis by axis.
+    x: Tensor = pooled.to(compute_dtype(pooled)).unflatten(_FIRST_AXIS, tiles)
     for axis, (extent, side) in enumerate(zip(grid, tile, strict=True)):
         dim = _FIRST_AXIS + axis
         x = x.unsqueeze(dim + 1)
         x = x.expand(*(side if i == dim + 1 else -1 for i in range(x.dim())))
-        x = x.flatten(dim, dim + 1).narrow(dim, 0, extent)
-    return x.flatten(_FIRST_AXIS, -2)
+        x = _resized(x.flatten(dim, dim + 1), dim, extent - tiles[axis] * side)
+    return x.flatten(_FIRST_AXIS, -2).to(pooled.dtype)
 
 
 class _Spread(torch.autograd.Function):

@@ -1,14 +1,13 @@
 """Video sparse attention as an op: top-k lists over the kernel op, and a gated pooled branch.
 
-`compiled_sparse::vsa` is composite: tracing turns means, scores, gating and the making of lists into
-ordinary operations, between one selection op and one kernel op. Method: arXiv 2505.13389; text,
-key masks, grouped heads and any grid added here.
+`compiled_sparse::vsa` is composite: tracing turns means, scores, gating and the making of lists
+into ordinary operations, between one selection op and one kernel op. Method: arXiv 2505.13389;
+text, key masks, grouped heads and any grid added here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from compiled_sparse.errors import DtypeError
 from compiled_sparse.errors import ShapeError
+from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops.autocast import register_autocast_like_sdpa
+from compiled_sparse.ops.checks import check_length
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
 from compiled_sparse.ops.library import LIBRARY
@@ -83,7 +84,8 @@ def _vsa(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     geometry = _Geometry(grid, tile, text_before, text_after)
-    _check(q, k, v, key_mask, gate)
+    _check(q, k, v, key_mask, geometry, gate)
+    _check_sparsity(given_sparsity)
     visible = None if key_mask is None else geometry.video(key_mask, 1)
     scores = _scores(q, k, geometry, visible, scale)
     selected = _select(scores, sparsity, given_sparsity)
@@ -99,10 +101,20 @@ def _vsa(
     return out, lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, gate: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    geometry: _Geometry,
+    gate: Tensor | None,
+) -> None:
     check_tensors(q, k, v, key_mask, ())
     if not is_traced(q):
         check_shapes(q, k, v, key_mask)
+        where = (tuple(geometry.grid), tuple(geometry.tile), geometry.before, geometry.after)
+        for name, tensor in (("q", q), ("k", k)):
+            check_length(name, tensor, BlockLayout(*where))
         if gate is not None and gate.shape != q.shape:
             raise ShapeError(
                 "the gate has another shape than the queries",
@@ -116,6 +128,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, gate: Tenso
             got=f"gate {gate.dtype}, q {q.dtype}",
             expected="one dtype",
             next_step="cast the gate with .to(q.dtype)",
+        )
+
+
+def _check_sparsity(sparsity: Tensor | None) -> None:
+    """Check that no rounding of the number changes how many tiles it keeps."""
+    if sparsity is not None and (sparsity.dim() or sparsity.dtype != torch.float64):
+        raise DtypeError(
+            "the sparsity is no float64 tensor without axes",
+            got=f"{sparsity.dtype} of shape {tuple(sparsity.shape)}",
+            expected="one number in float64",
+            next_step="pass torch.tensor(0.9, dtype=torch.float64)",
         )
 
 
@@ -171,7 +194,7 @@ def _select(
     scores: Tensor, sparsity: float, given_sparsity: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """List the tiles of the highest scores; none of it depends on a value the host must know."""
-    num_tiles = scores.shape[-1]
+    num_tiles: Any = scores.shape[-1]
     if given_sparsity is None and isinstance(num_tiles, int):
         return top_k_blocks(scores, num_selected(num_tiles, sparsity))
     if given_sparsity is None:
@@ -183,20 +206,21 @@ def _select(
 def _with_text(tiles: Tensor, counts: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:
     """Put the text in front of and behind each row, and rows of everything around them."""
     before, after = geometry.text_blocks
-    num_blocks = geometry.num_tiles + before + after
+    num_tiles = geometry.num_tiles
+    num_blocks = before + num_tiles + after
     slots = torch.arange(num_blocks, dtype=torch.int32, device=tiles.device)
+    is_text = (slots < before) | (slots >= before + num_tiles)
+    # Padded, not concatenated: numbers of runs are no sizes, of which one would be a special case.
+    rows = F.pad(tiles, (before, num_blocks - before - tiles.shape[-1], before, after)) + before
+    counts = F.pad(counts, (before, after))
     # Slot i of a row is in front of, in or behind its `counts` tiles.
     behind = slots - before - counts[..., None]
-    rows = F.pad(tiles, (before, num_blocks - before - tiles.shape[-1])) + before
     rows = torch.where(slots < before, slots, rows)
-    rows = torch.where(behind >= 0, behind + (before + geometry.num_tiles), rows)
+    rows = torch.where(behind >= 0, behind + (before + num_tiles), rows)
     rows = torch.where(behind < after, rows, 0)
-    counts = counts + (before + after)
-    texts = [(*tiles.shape[:2], blocks) for blocks in (before, after)]
-    around = [slots.expand(*shape, num_blocks) for shape in texts]
-    full = [torch.full(shape, num_blocks, device=tiles.device) for shape in texts]
-    indices = torch.cat([around[0], rows, around[1]], dim=2).to(torch.int32)
-    return indices, torch.cat([full[0], counts, full[1]], dim=2).to(torch.int32)
+    rows = torch.where(is_text[:, None], slots, rows)
+    counts = torch.where(is_text, num_blocks, counts + (before + after))
+    return rows.to(torch.int32), counts.to(torch.int32)
 
 
 def _compressed(scores: Tensor, v: Tensor, geometry: _Geometry, visible: Tensor | None) -> Tensor:

@@ -31,7 +31,6 @@ from compiled_sparse.passes.tracks import track_size
 from compiled_sparse.passes.writes import writes
 from compiled_sparse.registry import Refused
 
-
 _TOKEN_WISE = frozenset({"linear", "matmul", "add", "mul", "dropout", "to", "type_as", "float"})
 """Operations that may be repeated on another number of tokens."""
 
@@ -68,7 +67,8 @@ def _unplaced(gate: Gate, why: str) -> Refused:
 
 def _can_repeat(gate: Gate, node: fx.Node) -> bool:
     """Whether a gate's operations mean the same on another tensor [batch, tokens, channels]."""
-    assert gate.source is not None and gate.value is not None
+    assert gate.source is not None
+    assert gate.value is not None
     given, other = example_value(gate.source), example_value(node)
     fits = given.dtype == other.dtype and given.device == other.device
     fits = fits and all(same(given.shape[dim], other.shape[dim]) for dim in (0, 2))
@@ -115,7 +115,8 @@ def insert_gate(site: Site, hidden: HiddenState, gate: Gate, text: tuple[Any, An
     Returns:
         [batch, query heads, length, head_dim]; zero at text that has no hidden state here.
     """
-    assert gate.source is not None and gate.value is not None
+    assert gate.source is not None
+    assert gate.value is not None
     value = gate.value
     if hidden.node is not gate.source:
         value = _repeated(gate.source, gate.value, hidden.node)

@@ -1,4 +1,4 @@
-"""Which hidden states feed an attention call: what its queries, keys and values are projected from."""
+"""Which hidden states feed an attention call: what its inputs are projected from."""
 
 from __future__ import annotations
 

@@ -183,7 +183,13 @@ def _site(visit: Visit, root: fx.GraphModule) -> Site:
 
 
 def _hidden_state(analysis: Provenance, query: fx.Node, node: fx.Node) -> HiddenState:
-    return HiddenState(node, analysis.of(node)[1], _has_one_batch(analysis, query, query, node))
+    batch, tokens = analysis.of(node)[:2]
+    is_of_batch = (
+        same(track_size(batch), track_size(analysis.of(query)[0]))
+        and analysis.picks_of(query) == analysis.picks_of(node)
+        and _has_one_batch(analysis, query, query, node)
+    )
+    return HiddenState(node, tokens, is_of_batch)
 
 
 def _has_one_batch(analysis: Provenance, *nodes: fx.Node) -> bool:

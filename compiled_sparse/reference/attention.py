@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import at_sparsity
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import MissingGridError
@@ -67,13 +66,13 @@ def attention(
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
     config.check_gate(gate is not None)
-    config = config.at(step, layer)
-    if config.has_sparsity and sparsity is not None:
-        config = dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
+    config.check_sparsity(sparsity)
+    config = at_sparsity(config.at(step, layer), sparsity)
     if config.grid_is_sequence:
         grid_thw, text = _sequence(q.shape[2], grid_thw, text or Text()), None
     mechanism = mechanism_of(config)
     if mechanism is not None and mechanism.reference is not None:
+        _checked_tile(config, q.shape[2], k.shape[2], grid_thw, text or Text())
         optional = {} if gate is None else {"gate": gate}
         both = mechanism.reference(
             q,
@@ -166,6 +165,19 @@ def token_mask(
         )
     if config.grid_is_sequence:
         grid_thw, text = _sequence(key_length, grid_thw, text), Text()
+    tile = _checked_tile(config, query_length, key_length, grid_thw, text)
+    from_video = (queries - text.before, keys - text.before)
+    return mechanism.token_mask(config, *from_video, tuple(grid_thw or ()), tile)[None]
+
+
+def _checked_tile(
+    config: MechanismConfig,
+    query_length: int,
+    key_length: int,
+    grid_thw: tuple[int, ...] | None,
+    text: Text,
+) -> tuple[int, ...]:
+    """Return the tile on a grid, which with the text has to add up to the lengths."""
     if grid_thw is None:
         raise MissingGridError(
             f"{config.name} needs the token grid",
@@ -182,5 +194,4 @@ def token_mask(
             expected=f"length {length}",
             next_step="pass the grid in tokens after patching, and the text token counts",
         )
-    from_video = (queries - text.before, keys - text.before)
-    return mechanism.token_mask(config, *from_video, tuple(grid_thw), tile)[None]
+    return tile

@@ -37,6 +37,8 @@ def attention_over_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every token over the tokens of its block's listed blocks.
 
+    Values at masked keys never matter, even NaN.
+
     Args:
         q: [batch, query heads, length, head_dim].
         k: [batch, key heads, length, head_dim].
@@ -59,6 +61,7 @@ def attention_over_blocks(
     mask = seen[..., blocks, :][..., blocks]
     if key_mask is not None:
         mask = mask & key_mask[:, None, None, :]
+        k, v = (each.masked_fill(~key_mask[:, None, :, None], 0.0) for each in (k, v))
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     keys, values = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))

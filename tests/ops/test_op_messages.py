@@ -17,8 +17,9 @@ from compiled_sparse import errors
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 
-MODULES = ("ops/attention", "ops/checks", "ops/block_sparse", "reference/attention")
+MODULES = ("ops/attention", "ops/checks", "ops/block_sparse", "ops/vsa", "reference/attention")
 GRID = (2, 3, 2)
+VSA = cs.VSA(sparsity=0.5, tile_thw=(2, 2, 2))
 Q = torch.zeros(2, 4, 12, 8)
 INDICES, COUNTS = helpers.full_lists(12, 12)
 
@@ -146,6 +147,30 @@ CASES = {
         "length 11",
         "after patching",
         lambda: call(grid=(11,)),
+    ),
+    "sparsity as a tensor": Case(
+        errors.DtypeError,
+        "the sparsity is no float64 tensor without axes",
+        "torch.float32 of shape (1,)",
+        "one number in float64",
+        "dtype=torch.float64",
+        lambda: attend(cs.VSA(), sparsity=torch.ones(1)),
+    ),
+    "shape of a gate": Case(
+        errors.ShapeError,
+        "the gate has another shape than the queries",
+        "gate (2, 1, 12, 8), q (2, 4, 12, 8)",
+        "text included",
+        "reshape it as the queries are",
+        lambda: attend(VSA, gate=Q[:, :1]),
+    ),
+    "dtype of a gate": Case(
+        errors.DtypeError,
+        "the gate has another dtype than the queries",
+        "gate torch.bfloat16, q torch.float32",
+        "one dtype",
+        ".to(q.dtype)",
+        lambda: attend(VSA, gate=Q.bfloat16()),
     ),
     "list dtype": Case(
         errors.DtypeError,

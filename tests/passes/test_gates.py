@@ -242,6 +242,18 @@ class OtherMembers(Attention):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class OneMember(Attention):
+    """Queries, keys and values of one of the batch's members."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        q, k, v = (
+            to(x)[1:].unflatten(2, (2, -1)).transpose(1, 2)
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class Unprojected(nn.Module):
     """Queries, keys and values by elementwise weights."""
 
@@ -258,7 +270,14 @@ class Unprojected(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "batch"),
-    [(OtherValues, 1), (WrittenLater, 1), (Moved, 1), (OtherMembers, 2), (Unprojected, 1)],
+    [
+        (OtherValues, 1),
+        (WrittenLater, 1),
+        (Moved, 1),
+        (OtherMembers, 2),
+        (OneMember, 2),
+        (Unprojected, 1),
+    ],
 )
 def test_a_gate_whose_hidden_state_is_not_proven_keeps_the_call_dense(
     kind: type[nn.Module], batch: int

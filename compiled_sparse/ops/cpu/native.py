@@ -70,6 +70,8 @@ def block_sparse_forward(
     key_mask = None if key_mask is None else key_mask.contiguous()
     out = _empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=_compute_dtype(q))
+    if not q.numel():
+        return out, lse  # lists of no batch have no first row to read
     problem = _problem(q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale)
     problem.out, problem.lse = _tensor(out), lse.data_ptr()
     _call(native_library().handle.block_sparse_forward, problem)
@@ -98,6 +100,8 @@ def block_sparse_backward(
     key_mask = None if key_mask is None else key_mask.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     grad_q, grad_k, grad_v = _empty_like(q), _empty_like(k), _empty_like(v)
+    if not q.numel():
+        return grad_q, grad_k.zero_(), grad_v.zero_()
     problem = _problem(q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale)
     problem.out, problem.lse = _tensor(out), lse.data_ptr()
     problem.grad_out, problem.grad_lse = _tensor(grad_out), _address(grad_lse)
