@@ -1,7 +1,7 @@
 """Video sparse attention, both branches with a gate, beside dense SDPA and flex_attention.
 
-Bound: dense work times density, the token pairs that the lists really hold. What the whole costs beyond the kernel op, which means, selection,
-gate and compressed branch add, is the share outside.
+Bound: dense work times density, the token pairs that the lists really hold. What the whole costs
+beyond the kernel op, which means, selection, gate and compressed branch add, is the share outside.
 """
 
 from __future__ import annotations

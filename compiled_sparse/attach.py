@@ -161,7 +161,10 @@ def attach(
     For models that are compiled in parts, such as with diffusers' `compile_repeated_blocks`: the
     graph of a block knows neither which block it is nor the grid. Attached modules say the former;
     of the latter the model's `forward` reads what its call tells. Attaching again replaces what was
-    attached before; doing so after compiling is fine.
+    attached before, but for learned gates; doing so after compiling is fine.
+
+    A config that names a learned gate, such as `VSA(gate="to_gate_compress")`, gives each module
+    whose rule it is a linear layer of this name, zero at first.
 
     Args:
         model: The model, compiled or not, or a single attention module.
@@ -176,8 +179,9 @@ def attach(
     Raises:
         AttachError: if the arguments are no module and no globs, there is no attention module, a
             glob matches none, the model is on the meta device, a table of windows has another
-            number of layers, no sparse rule of the policy matches any of the modules, or something
-            else has hidden what an earlier attach did. Nothing is changed then.
+            number of layers, no sparse rule of the policy matches any of the modules, a module
+            cannot have the gate it is to have, or something else has hidden what an earlier attach
+            did. Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
@@ -191,12 +195,7 @@ def attach(
     attached = {id(module) for _, module in layers}
     others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
     has_root = id(model) not in attached
-    gates = [
-        wanted_gate(_configs(own, path).values())
-        for (path, _), own in zip(layers, policies, strict=True)
-    ]
-    for (_, module), gate in zip(layers, gates, strict=True):
-        check_gate(module, gate)
+    gates = _checked_gates(layers, policies)
     _check_patches([module for _, module in layers], others, model if has_root else None)
     for module in others:
         _release(module)
@@ -314,6 +313,17 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     is_dense = layer < policy.dense_first_layers or is_last
     steps = (policy.dense_first_steps, policy.dense_last_steps)
     return Policy(rules or {_NOWHERE: Dense()}, *steps, dense_first_layers=int(is_dense)).to_json()
+
+
+def _checked_gates(
+    layers: list[tuple[str, nn.Module]], policies: list[Policy | None]
+) -> list[str | None]:
+    """Return the name of the gate each module is to have."""
+    gates = []
+    for (path, module), policy in zip(layers, policies, strict=True):
+        gates.append(wanted_gate(_configs(policy, path).values()))
+        check_gate(module, gates[-1])
+    return gates
 
 
 def _configs(policy: Policy | None, path: str) -> dict[str, MechanismConfig]:

@@ -32,6 +32,8 @@ from compiled_sparse.passes.fx import hint
 
 Shapes = tuple[tuple[int, ...], ...]
 
+_NOTHING_SAID = State()
+
 _MOST_CALLS = 4096
 """Calls of a kind whose inputs are looked after; one that is kept for long would hold all later."""
 
@@ -98,13 +100,20 @@ class ForwardCalls:
             alive = [state for state, calls in known.items() if calls.is_alive]
             return alive or list(known)
 
-    def recalled(self, shapes: Shapes) -> State | None:
+    def recalled(self, shapes: Shapes, said: State = _NOTHING_SAID) -> State | None:
         """Return what the calls with these shapes were about, or None if there was none.
+
+        Args:
+            shapes: Of the inputs.
+            said: What is said where the backward pass runs, which settles it if a call was about
+                just that.
 
         Raises:
             RecomputeError: if they were about different things.
         """
         known = self.candidates(shapes)
+        if said != _NOTHING_SAID and said in known:
+            return said
         if len(known) > 1:
             gc.collect()  # a checkpoint whose output was dropped may be in a cycle
             known = self.candidates(shapes)
@@ -112,8 +121,8 @@ class ForwardCalls:
             raise RecomputeError(
                 "a backward pass computes a region again that could be any of several calls",
                 got="forward calls of the same shapes with " + " and with ".join(map(str, known)),
-                expected="one grid and one step for all calls of these shapes before a backward",
-                next_step="hold cs.metadata(grid_thw=..., step=...) around backward, too",
+                expected="one grid, step and sparsity for all calls of these shapes",
+                next_step="hold the cs.metadata(...) of the forward call around backward, too",
             )
         return known[0] if known else None
 
@@ -145,7 +154,7 @@ class Recall:
         said = current_state()
         is_lost = said.layout is None and self._calls and _in_backward()
         found = self._calls.candidates(self._shapes(example_inputs)) if is_lost else []
-        with restored(found[-1] if found else said):
+        with restored(found[-1] if found and said not in found else said):
             yield
 
     def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +166,7 @@ class Recall:
 
         def call(*inputs: Any) -> Any:
             said = current_state()
-            if said.layout is None and not self._calls:
+            if said == _NOTHING_SAID and not self._calls:
                 return run(*inputs)
             if _in_backward():
                 return self._again(run, inputs, said)
@@ -170,7 +179,7 @@ class Recall:
 
     def _again(self, run: Callable[..., Any], inputs: tuple[Any, ...], said: State) -> Any:
         shapes = self._shapes(inputs)
-        found = self._calls.recalled(shapes) if said.layout is None else said
+        found = self._calls.recalled(shapes, said) if said.layout is None else said
         if found is None:
             return run(*inputs)
         self._calls.computed_again(shapes, found)

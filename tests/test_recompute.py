@@ -143,6 +143,46 @@ def test_two_grids_of_one_length_cannot_be_told_apart(checkpointed: TinyDiT) -> 
         assert_gradients_close(gradients_of(checkpointed, output), expected)
 
 
+def sparsities(model: TinyDiT, inputs: Any) -> dict[float, dict[str, Tensor]]:
+    """Return the gradients at two sparsities, by the reference."""
+    configs = {s: cs.VSA(sparsity=s, tile_thw=(2, 3, 2)) for s in (0.25, 0.75)}
+    return {s: reference_gradients(model, inputs, [each] * 3) for s, each in configs.items()}
+
+
+def test_a_sparsity_alone_is_that_of_the_forward_call() -> None:
+    model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
+    expected = sparsities(model, inputs)
+    compiled = torch.compile(
+        model,
+        backend="compiled_sparse",
+        options={"inner": "aot_eager", "policy": cs.VSA(tile_thw=(2, 3, 2))},
+    )
+    for sparsity, gradients in expected.items():
+        with cs.metadata(sparsity=sparsity):
+            output = checkpoint(compiled, *inputs, use_reentrant=False)
+        assert_gradients_close(gradients_of(model, output), gradients)
+
+
+def test_two_sparsities_that_wait_are_told_apart_by_what_is_held_around_backward() -> None:
+    model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
+    expected = sparsities(model, inputs)
+    compiled = torch.compile(
+        model,
+        backend="compiled_sparse",
+        options={"inner": "aot_eager", "policy": cs.VSA(tile_thw=(2, 3, 2))},
+    )
+    outputs = {}
+    for sparsity in expected:
+        with cs.metadata(sparsity=sparsity):
+            outputs[sparsity] = checkpoint(compiled, *inputs, use_reentrant=False)
+    with pytest.raises(RecomputeError, match=r"sparsity 0.25 and with grid None, sparsity 0.75"):
+        gradients_of(model, outputs[0.25])
+    for sparsity, gradients in expected.items():
+        with cs.metadata(sparsity=sparsity):
+            output = checkpoint(compiled, *inputs, use_reentrant=False)
+            assert_gradients_close(gradients_of(model, output), gradients)
+
+
 def test_calls_whose_outputs_are_dropped_are_forgotten(checkpointed: TinyDiT) -> None:
     inputs = dit_inputs()
     expected = reference_gradients(checkpointed, inputs, [POLICY] * 3)
