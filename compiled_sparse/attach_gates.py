@@ -101,17 +101,17 @@ def remove_gate(module: nn.Module) -> None:
 
 
 def traced_gate(module: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the argument a traced module's gate fits, and the gate's value for it; else nothing.
+    """Return a traced module's gate for the first argument it fits, and all that it fits.
 
-    Whether this argument is what the queries are projected from is for the compiler to prove.
+    Nothing where there is no gate, or none fits. What the queries are projected from is for the
+    compiler to prove.
     """
     name, width = module._compiled_sparse_gate
     if not name:
         return []
-    for given in (*args, *kwargs.values()):
-        if isinstance(given, Tensor) and given.dim() == 3 and given.shape[-1] == width:
-            return [given, getattr(module, name)(given)]
-    return []
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    fitting = [each for each in tensors if each.dim() == 3 and each.shape[-1] == width]
+    return [getattr(module, name)(fitting[0]), *fitting] if fitting else []
 
 
 def _projection(module: nn.Module) -> tuple[nn.Module, int]:

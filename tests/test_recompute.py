@@ -149,14 +149,16 @@ def sparsities(model: TinyDiT, inputs: Any) -> dict[float, dict[str, Tensor]]:
     return {s: reference_gradients(model, inputs, [each] * 3) for s, each in configs.items()}
 
 
+def whole(model: TinyDiT) -> Any:
+    """Compile a model as one graph; nobody names its grid."""
+    options = {"inner": "aot_eager", "policy": cs.VSA(tile_thw=(2, 3, 2))}
+    return torch.compile(model, backend="compiled_sparse", options=options)
+
+
 def test_a_sparsity_alone_is_that_of_the_forward_call() -> None:
     model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
     expected = sparsities(model, inputs)
-    compiled = torch.compile(
-        model,
-        backend="compiled_sparse",
-        options={"inner": "aot_eager", "policy": cs.VSA(tile_thw=(2, 3, 2))},
-    )
+    compiled = whole(model)
     for sparsity, gradients in expected.items():
         with cs.metadata(sparsity=sparsity):
             output = checkpoint(compiled, *inputs, use_reentrant=False)
@@ -166,11 +168,7 @@ def test_a_sparsity_alone_is_that_of_the_forward_call() -> None:
 def test_two_sparsities_that_wait_are_told_apart_by_what_is_held_around_backward() -> None:
     model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
     expected = sparsities(model, inputs)
-    compiled = torch.compile(
-        model,
-        backend="compiled_sparse",
-        options={"inner": "aot_eager", "policy": cs.VSA(tile_thw=(2, 3, 2))},
-    )
+    compiled = whole(model)
     outputs = {}
     for sparsity in expected:
         with cs.metadata(sparsity=sparsity):

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
+from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import op_name
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.fx import storage_of
+from compiled_sparse.passes.sites import Site
+from compiled_sparse.passes.sites import has_one_batch
 from compiled_sparse.passes.tracks import Track
+from compiled_sparse.passes.tracks import track_size
+from compiled_sparse.passes.writes import may_write
 
 _PROJECTIONS = frozenset({"linear", "matmul"})
+_VIEWS = (
+    "view reshape flatten unflatten transpose permute movedim swapaxes contiguous clone detach "
+    "chunk split split_with_sizes tensor_split unbind getitem select narrow slice squeeze "
+    "unsqueeze expand expand_as view_as view_as_real view_as_complex repeat repeat_interleave cat "
+    "concat stack pad roll flip to float half bfloat16 double type type_as empty_like zeros_like "
+    "setitem copy_ "
+)
+_CHANNELS = (
+    "add sub mul div truediv neg pow square sqrt rsqrt mean sum var norm linalg_vector_norm "
+    "rms_norm layer_norm group_norm normalize cos sin where clamp clamp_min masked_fill dropout "
+    "iadd imul isub add_ mul_ sub_ "
+)
+_BETWEEN = _PROJECTIONS | frozenset((_VIEWS + _CHANNELS).split())
+"""What may stand between a hidden state and queries, keys and values: rotations, norms, heads."""
 
 
 @dataclass(frozen=True)
@@ -29,28 +53,95 @@ class HiddenState:
     is_of_batch: bool
 
 
-def projected(*results: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the tensors [batch, tokens, channels] that all of some nodes are projected from.
+def hidden_states(site: Site, given: Sequence[fx.Node]) -> list[HiddenState]:
+    """Return what queries, keys and values of a call are all projected from.
 
     Args:
-        results: Queries, keys and values.
+        site: The call.
+        given: Arguments of the module that makes it: what was not computed from any is not its own.
     """
-    inputs = [dict.fromkeys(_nearest_inputs(node)) for node in results]
-    return tuple(node for node in inputs[0] if all(node in each for each in inputs))
+    results = [site.arguments[name] for name in ("query", "key", "value")]
+    flow = _Flow(site.owner)
+    inputs = [dict.fromkeys(flow.nearest_inputs(node)) for node in results]
+    return [
+        _hidden_state(site, node)
+        for node in inputs[0]
+        if all(node in each for each in inputs)
+        and flow.comes_from(node, given)
+        and all(flow.is_projected(result, node) for result in results)
+    ]
 
 
-def _nearest_inputs(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the inputs of the projections met first on the way back from a node."""
-    seen: set[fx.Node] = set()
-    rest = [node]
-    while rest:
-        each = rest.pop()
-        if each in seen:
-            continue
-        seen.add(each)
-        source = each.args[0] if op_name(each) in _PROJECTIONS and each.args else None
-        if isinstance(source, fx.Node):
-            if len(shape_of(source) or ()) == 3:
+def _hidden_state(site: Site, node: fx.Node) -> HiddenState:
+    query, analysis = site.arguments["query"], site.analysis
+    batch, tokens = analysis.of(node)[:2]
+    is_of_batch = (
+        same(track_size(batch), track_size(analysis.of(query)[0]))
+        and analysis.picks_of(query) == analysis.picks_of(node)
+        and has_one_batch(analysis, query, query, node)
+    )
+    return HiddenState(node, tokens, is_of_batch)
+
+
+class _Flow:
+    """Which tensors of a graph are computed from which, writes into memory included."""
+
+    def __init__(self, owner: fx.GraphModule) -> None:
+        self._writers: dict[int, list[fx.Node]] = {}
+        for node in owner.graph.nodes:
+            if may_write(node) and node.all_input_nodes:
+                for storage in storage_of(node.all_input_nodes[0]):
+                    self._writers.setdefault(storage, []).append(node)
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        writers = [each for s in storage_of(node) for each in self._writers.get(s, ())]
+        nodes = [*node.all_input_nodes, *writers]
+        return [each for each in nodes if each is not node and _holds_tensors(each)]
+
+    def nearest_inputs(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Yield the inputs of the projections met first on the way back from a node."""
+        for each in self._walk(node, lambda met: _projected(met) is not None):
+            source = _projected(each)
+            if source is not None and len(shape_of(source) or ()) == 3:
                 yield source
-        else:
-            rest += each.all_input_nodes
+
+    def comes_from(self, node: fx.Node, given: Sequence[fx.Node]) -> bool:
+        """Whether a node is one of those given, or computed from one."""
+        return any(each in given for each in self._walk(node, given.__contains__))
+
+    def is_projected(self, result: fx.Node, source: fx.Node) -> bool:
+        """Whether nothing but projections, norms and rotations leads from one to the other."""
+        met = list(self._walk(result, lambda each: each is source))
+        reaching = {source}
+        is_growing = True
+        while is_growing:
+            found = {n for n in met if n not in reaching and reaching & set(self._inputs(n))}
+            reaching |= found
+            is_growing = bool(found)
+        return result in reaching and all(op_name(n) in _BETWEEN for n in reaching - {source})
+
+    def _walk(self, start: fx.Node, is_end: Any) -> Iterator[fx.Node]:
+        """Yield a node and all it is computed from, not going behind those where it ends."""
+        seen: set[fx.Node] = set()
+        rest = [start]
+        while rest:
+            node = rest.pop()
+            if node not in seen:
+                seen.add(node)
+                yield node
+                rest += [] if is_end(node) else self._inputs(node)
+
+
+def _projected(node: fx.Node) -> fx.Node | None:
+    """Return what a projection is applied to; None for other operations."""
+    if op_name(node) not in _PROJECTIONS:
+        return None
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, fx.Node) else None
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    """Whether a value is a tensor, or several; sizes say nothing of what a tensor holds."""
+    value = example_value(node)
+    values = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(each, torch.Tensor) for each in values)

@@ -27,13 +27,18 @@ class Gate:
 
     Args:
         name: The gate's name in the module.
-        source: The argument of the module it was computed from; None where none fits.
-        value: What it made of that.
+        value: What it made of the first argument of the module that fits it; None where none does.
+        given: All arguments that fit it, that one first.
     """
 
     name: str
-    source: fx.Node | None = None
-    value: fx.Node | None = None
+    value: fx.Node | None
+    given: tuple[fx.Node, ...]
+
+    @property
+    def source(self) -> fx.Node:
+        """What its value was made of."""
+        return self.given[0]
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,12 @@ def _is_marker(node: fx.Node) -> bool:
 
 
 def _read(owner: fx.GraphModule, position: int, node: fx.Node) -> Marker:
-    layer, gate, name, document = node.args
-    assert isinstance(layer, fx.Node)
+    arguments: Any = node.args
+    layer, gate, name, document = arguments
     policy = Policy.from_json(str(document)) if document else None
     place = layer if example_value(layer).dim() == 0 else None
-    learned = Gate(str(name), *gate) if name else None  # type: ignore[misc]
+    value, *given = gate or (None,)
+    learned = Gate(str(name), value, tuple(given)) if name else None
     return Marker(owner, position, module_path(node), policy, place, learned)
 
 

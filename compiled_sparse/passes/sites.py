@@ -24,8 +24,6 @@ from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
-from compiled_sparse.passes.hidden import HiddenState
-from compiled_sparse.passes.hidden import projected
 from compiled_sparse.passes.mask_analysis import masks_at
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
@@ -52,13 +50,13 @@ class Site:
         key_track: What the key positions are.
         value_track: What the value positions are.
         batch_track: What the queries' first dimension is.
+        analysis: Of the graph that holds the call.
         has_one_batch: Whether queries, keys and values are provably of the same batch members.
         graph_has_video: Whether there is a patch embedding in the graph.
         query_from_video: Whether the queries are computed from a patch embedding.
         key_from_video: Whether the keys are.
         lost_at: The write that ended the analysis before this call, if one did.
         mask: What the attention mask holds, where that is known.
-        hidden_states: What queries, keys and values are all projected from.
     """
 
     node: fx.Node
@@ -70,13 +68,13 @@ class Site:
     key_track: Track
     value_track: Track
     batch_track: Track
+    analysis: Provenance
     has_one_batch: bool
     graph_has_video: bool
     query_from_video: bool
     key_from_video: bool
     lost_at: fx.Node | None
     mask: MaskValue | None = None
-    hidden_states: tuple[HiddenState, ...] = ()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the fake tensor of argument `query`, `key`, `value` or `attn_mask`."""
@@ -173,26 +171,22 @@ def _site(visit: Visit, root: fx.GraphModule) -> Site:
         key_track=key[-2],
         value_track=value[-2],
         batch_track=query[0],
-        has_one_batch=_has_one_batch(analysis, *nodes),
+        analysis=analysis,
+        has_one_batch=has_one_batch(analysis, *nodes),
         graph_has_video=analysis.num_video_sources > 0,
         query_from_video=analysis.is_from_video(arguments["query"]),
         key_from_video=analysis.is_from_video(arguments["key"]),
         lost_at=analysis.lost_at,
-        hidden_states=tuple(_hidden_state(analysis, nodes[0], each) for each in projected(*nodes)),
     )
 
 
-def _hidden_state(analysis: Provenance, query: fx.Node, node: fx.Node) -> HiddenState:
-    batch, tokens = analysis.of(node)[:2]
-    is_of_batch = (
-        same(track_size(batch), track_size(analysis.of(query)[0]))
-        and analysis.picks_of(query) == analysis.picks_of(node)
-        and _has_one_batch(analysis, query, query, node)
-    )
-    return HiddenState(node, tokens, is_of_batch)
+def has_one_batch(analysis: Provenance, *nodes: fx.Node) -> bool:
+    """Whether queries, keys and values are provably of the same members of the batch.
 
-
-def _has_one_batch(analysis: Provenance, *nodes: fx.Node) -> bool:
+    Args:
+        analysis: Of the graph that holds them.
+        *nodes: The three.
+    """
     query, key, value = (analysis.of(node)[0] for node in nodes)
     of_query, of_key, of_value = map(analysis.picks_of, nodes)
     if of_query != of_key or not of_value <= of_query:

@@ -88,18 +88,23 @@ class LowRank(nn.Module):
 
 
 class Model(nn.Module):
-    """A model of one attention module."""
+    """A model of one attention module behind a linear layer, if wanted."""
 
-    def __init__(self, attn: nn.Module, *, is_checkpointed: bool = False) -> None:
+    def __init__(
+        self, attn: nn.Module, *, is_checkpointed: bool = False, first: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.first = first or nn.Identity()
         self.attn = attn
         self.is_checkpointed = is_checkpointed
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Call it."""
+        hidden, *rest = inputs
+        hidden = self.first(hidden)
         if self.is_checkpointed:
-            return checkpoint(self.attn, *inputs, use_reentrant=False)
-        return self.attn(*inputs)
+            return checkpoint(self.attn, hidden, *rest, use_reentrant=False)
+        return self.attn(hidden, *rest)
 
 
 def attached(attn: nn.Module, **options: Any) -> tuple[Model, Any]:
@@ -254,6 +259,54 @@ class OneMember(Attention):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class ByConvolution(Attention):
+    """The projections are no linear layers; before the module there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv1d(16, 16, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        q, k, v = (
+            each(x.transpose(1, 2)).unflatten(1, (2, -1)).transpose(2, 3)
+            for each in self.convolutions
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ByKeyword(Attention):
+    """The projections are functions called by keywords; queries are projected twice."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        q, k, v = (
+            F.linear(input=layer(x), weight=self.to_out.weight)
+            .unflatten(2, (2, -1))
+            .transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class WrittenQueries(Attention):
+    """The memory of the queries is filled with what other tokens are projected to."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        q, k, v = (
+            to(x).unflatten(2, (2, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+        )
+        filled = torch.empty_like(q)
+        filled[..., :4] = (
+            self.to_q(torch.einsum("blc,cd->bld", x, self.to_k.weight))
+            .unflatten(2, (2, -1))
+            .transpose(1, 2)[..., :4]
+        )
+        filled[..., 4:] = q[..., 4:]
+        return F.scaled_dot_product_attention(filled, k, v).transpose(1, 2).flatten(2)
+
+
 class Unprojected(nn.Module):
     """Queries, keys and values by elementwise weights."""
 
@@ -289,6 +342,16 @@ def test_a_gate_whose_hidden_state_is_not_proven_keeps_the_call_dense(
     assert reason == "gate_unplaced" or (
         kind in (Moved, OtherMembers) and reason == "layout_unknown"
     )
+
+
+@pytest.mark.parametrize(
+    "kind", [ByConvolution, Unprojected, OtherValues, ByKeyword, WrittenQueries]
+)
+def test_projections_elsewhere_are_not_taken_for_those_of_the_call(kind: type[nn.Module]) -> None:
+    model, _ = attached(kind(), first=nn.Linear(16, 16))
+    with cs.metadata(grid_thw=GRID, text=NO_TEXT):
+        (reason,) = outcome(model, tokens()).outcomes
+    assert reason in ("gate_unplaced", "layout_unknown")
 
 
 @pytest.mark.parametrize("width", [8, 32])
