@@ -101,17 +101,33 @@ def remove_gate(module: nn.Module) -> None:
 
 
 def traced_gate(module: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return a traced module's gate for the first argument it fits, and all that it fits.
+    """Return a traced module's gate for an argument, that argument, and all that may be meant.
 
-    Nothing where there is no gate, or none fits. What the queries are projected from is for the
-    compiler to prove.
+    Nothing where there is no gate, or no argument fits. What the queries are projected from is for
+    the compiler to prove.
     """
     name, width = module._compiled_sparse_gate
     if not name:
         return []
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-    fitting = [each for each in tensors if each.dim() == 3 and each.shape[-1] == width]
-    return [getattr(module, name)(fitting[0]), *fitting] if fitting else []
+    fitting = [
+        each
+        for each in tensors
+        if each.is_floating_point() and each.dim() == 3 and each.shape[-1] == width
+    ]
+    if not fitting:
+        return []
+    gate = getattr(module, name)
+    source = _as_taken(gate, fitting[0])
+    return [gate(source), source, *fitting]
+
+
+def _as_taken(gate: nn.Module, given: Tensor) -> Tensor:
+    """Cast an argument as a module does that casts for its projections; autocast does by itself."""
+    dtypes = {each.dtype for each in gate.parameters() if each.is_floating_point()}
+    if len(dtypes) != 1 or torch.is_autocast_enabled(given.device.type):
+        return given
+    return given.to(dtypes.pop())
 
 
 def _projection(module: nn.Module) -> tuple[nn.Module, int]:

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from compiled_sparse.errors import ExportError
+from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import MODULE_STATE
@@ -74,7 +75,7 @@ def rewrite_exported(
     _mark_state(graph_module, exported_program)
     guards = _count_fixed_sizes(graph_module)
     before = set(graph_module.graph.nodes)
-    rewrite = SparseAttentionPass(sources, current_layout())
+    rewrite = SparseAttentionPass(sources, current_layout(), sparsity=current_call().sparsity)
     decisions = rewrite(graph_module)
     if not decisions:
         _refuse_decomposed(exported_program)
@@ -139,7 +140,7 @@ def _refuse_inputs(rewrite: SparseAttentionPass) -> None:
             "an exported program is handed no values of the call",
             got="a mechanism that reads " + ", ".join(names),
             expected="a mechanism whose pattern is fixed",
-            next_step="pass one window instead of a table, for instance",
+            next_step="pass one window instead of a table; write a sparsity into the config",
         )
 
 

@@ -152,8 +152,8 @@ class Recall:
             example_inputs: The graph's inputs.
         """
         said = current_state()
-        is_lost = said.layout is None and self._calls and _in_backward()
-        found = self._calls.candidates(self._shapes(example_inputs)) if is_lost else []
+        is_again = bool(self._calls) and _in_backward()
+        found = self._calls.candidates(self._shapes(example_inputs)) if is_again else []
         with restored(found[-1] if found and said not in found else said):
             yield
 
@@ -179,7 +179,7 @@ class Recall:
 
     def _again(self, run: Callable[..., Any], inputs: tuple[Any, ...], said: State) -> Any:
         shapes = self._shapes(inputs)
-        found = self._calls.recalled(shapes, said) if said.layout is None else said
+        found = self._calls.recalled(shapes, said)
         if found is None:
             return run(*inputs)
         self._calls.computed_again(shapes, found)

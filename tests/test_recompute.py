@@ -165,6 +165,22 @@ def test_a_sparsity_alone_is_that_of_the_forward_call() -> None:
         assert_gradients_close(gradients_of(model, output), gradients)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("outer", [None, 0.5])
+def test_what_is_said_of_other_calls_is_not_that_of_the_forward_call(
+    outer: float | None, use_reentrant: bool
+) -> None:
+    model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
+    inputs[0].requires_grad_()
+    expected = sparsities(model, inputs)
+    compiled = whole(model)
+    for sparsity, gradients in expected.items():
+        with cs.metadata(grid_thw=GRID, sparsity=outer):
+            with cs.metadata(sparsity=sparsity):
+                output = checkpoint(compiled, *inputs, use_reentrant=use_reentrant)
+            assert_gradients_close(gradients_of(model, output), gradients)
+
+
 def test_two_sparsities_that_wait_are_told_apart_by_what_is_held_around_backward() -> None:
     model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
     expected = sparsities(model, inputs)

@@ -44,7 +44,7 @@ def find_hidden_state(site: Site, layout: SiteLayout, gate: Gate) -> HiddenState
         layout: Where its video is.
         gate: What the module's marker carries.
     """
-    if gate.value is None or gate.value.graph is not site.node.graph:
+    if gate.value is None or gate.source is None or gate.value.graph is not site.node.graph:
         return _unplaced(gate, "no argument of the module fits it")
     query = site.tensor("query")
     if not same((shape_of(gate.value) or (0,))[-1], query.shape[1] * query.shape[3]):
@@ -68,6 +68,7 @@ def _unplaced(gate: Gate, why: str) -> Refused:
 
 def _can_repeat(gate: Gate, node: fx.Node) -> bool:
     """Whether a gate's operations mean the same on another tensor [batch, tokens, channels]."""
+    assert gate.source is not None
     assert gate.value is not None
     given, other = example_value(gate.source), example_value(node)
     fits = given.dtype == other.dtype and given.device == other.device
@@ -115,6 +116,7 @@ def insert_gate(site: Site, hidden: HiddenState, gate: Gate, text: tuple[Any, An
     Returns:
         [batch, query heads, length, head_dim]; zero at text that has no hidden state here.
     """
+    assert gate.source is not None
     assert gate.value is not None
     value = gate.value
     if hidden.node is not gate.source:

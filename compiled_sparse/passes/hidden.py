@@ -63,6 +63,8 @@ def hidden_states(site: Site, given: Sequence[fx.Node]) -> list[HiddenState]:
     results = [site.arguments[name] for name in ("query", "key", "value")]
     flow = _Flow(site.owner)
     inputs = [dict.fromkeys(flow.nearest_inputs(node)) for node in results]
+    if any(len(shape_of(node) or ()) != 3 for each in inputs for node in each):
+        return []  # of projections that cannot be compared none is known to be the one
     return [
         _hidden_state(site, node)
         for node in inputs[0]
@@ -100,9 +102,9 @@ class _Flow:
 
     def nearest_inputs(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yield the inputs of the projections met first on the way back from a node."""
-        for each in self._walk(node, lambda met: _projected(met) is not None):
+        for each in self._walk(node, _is_projection):
             source = _projected(each)
-            if source is not None and len(shape_of(source) or ()) == 3:
+            if source is not None:
                 yield source
 
     def comes_from(self, node: fx.Node, given: Sequence[fx.Node]) -> bool:
@@ -118,7 +120,16 @@ class _Flow:
             found = {n for n in met if n not in reaching and reaching & set(self._inputs(n))}
             reaching |= found
             is_growing = bool(found)
-        return result in reaching and all(op_name(n) in _BETWEEN for n in reaching - {source})
+        between = reaching - {source}
+        return result in reaching and all(self._keeps_channels(n, reaching) for n in between)
+
+    def _keeps_channels(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
+        """Whether an operation is a projection, or no projection in disguise."""
+        name = op_name(node)
+        sides = [each for each in self._inputs(node) if each not in reaching]
+        weights = (each for side in sides for each in self._walk(side, _is_projection))
+        is_plain = name in _PROJECTIONS or not any(map(_is_matrix, weights))
+        return name in _BETWEEN and is_plain
 
     def _walk(self, start: fx.Node, is_end: Any) -> Iterator[fx.Node]:
         """Yield a node and all it is computed from, not going behind those where it ends."""
@@ -138,6 +149,16 @@ def _projected(node: fx.Node) -> fx.Node | None:
         return None
     source = node.args[0] if node.args else node.kwargs.get("input")
     return source if isinstance(source, fx.Node) else None
+
+
+def _is_projection(node: fx.Node) -> bool:
+    return _projected(node) is not None
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    """Whether a node is a parameter that may be the weight of a projection."""
+    value = example_value(node)
+    return isinstance(value, torch.nn.Parameter) and value.dim() > 1
 
 
 def _holds_tensors(node: fx.Node) -> bool:

@@ -27,18 +27,15 @@ class Gate:
 
     Args:
         name: The gate's name in the module.
-        value: What it made of the first argument of the module that fits it; None where none does.
-        given: All arguments that fit it, that one first.
+        value: What it made of an argument of the module; None where none fits.
+        source: That argument.
+        given: All arguments that fit.
     """
 
     name: str
-    value: fx.Node | None
-    given: tuple[fx.Node, ...]
-
-    @property
-    def source(self) -> fx.Node:
-        """What its value was made of."""
-        return self.given[0]
+    value: fx.Node | None = None
+    source: fx.Node | None = None
+    given: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,13 +109,18 @@ class Markers:
             if marker.covers(path)
             and (marker.owner.graph is not node.graph or marker.position < position)
         ]
-        return max(around, key=lambda m: (len(m.path), m.position), default=None)
+        return max(around, key=lambda m: _nearness(m, node), default=None)
 
     def erase(self) -> list[fx.GraphModule]:
         """Remove all markers; return the graph modules that changed and need recompiling."""
         for _, node in self._nodes:
             node.graph.erase_node(node)
         return [owner for owner, _ in self._nodes]
+
+
+def _nearness(marker: Marker, node: fx.Node) -> tuple[int, bool, int]:
+    """Positions in other graphs say nothing beside those in the node's own."""
+    return len(marker.path), marker.owner.graph is node.graph, marker.position
 
 
 def _is_marker(node: fx.Node) -> bool:
@@ -130,8 +132,8 @@ def _read(owner: fx.GraphModule, position: int, node: fx.Node) -> Marker:
     layer, gate, name, document = arguments
     policy = Policy.from_json(str(document)) if document else None
     place = layer if example_value(layer).dim() == 0 else None
-    value, *given = gate or (None,)
-    learned = Gate(str(name), value, tuple(given)) if name else None
+    value, source, *given = gate or (None, None)
+    learned = Gate(str(name), value, source, tuple(given)) if name else None
     return Marker(owner, position, module_path(node), policy, place, learned)
 
 

@@ -12,6 +12,7 @@ from gated import GATE
 from gated import gated
 from gated import open_gates
 from modules import GRID
+from modules import LENGTH
 from modules import Attention
 from modules import RecordingBackend
 from modules import assert_close
@@ -289,6 +290,40 @@ class ByKeyword(Attention):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class ByMatrixProduct(Attention):
+    """The second of two projections multiplies and adds up by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        q, k, v = (
+            (layer(x)[..., None, :] * self.to_out.weight)
+            .sum(-1)
+            .unflatten(2, (2, -1))
+            .transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class OnTheGrid(Attention):
+    """Video is projected on its grid, and a condition of as many tokens is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_condition = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        condition = self.of_condition(x.cos())
+        q, k, v = (
+            (layer(x.unflatten(1, GRID)).flatten(1, 3) + condition)
+            .unflatten(2, (2, -1))
+            .transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class WrittenQueries(Attention):
     """The memory of the queries is filled with what other tokens are projected to."""
 
@@ -345,7 +380,16 @@ def test_a_gate_whose_hidden_state_is_not_proven_keeps_the_call_dense(
 
 
 @pytest.mark.parametrize(
-    "kind", [ByConvolution, Unprojected, OtherValues, ByKeyword, WrittenQueries]
+    "kind",
+    [
+        ByConvolution,
+        ByKeyword,
+        ByMatrixProduct,
+        OnTheGrid,
+        OtherValues,
+        Unprojected,
+        WrittenQueries,
+    ],
 )
 def test_projections_elsewhere_are_not_taken_for_those_of_the_call(kind: type[nn.Module]) -> None:
     model, _ = attached(kind(), first=nn.Linear(16, 16))
@@ -371,6 +415,45 @@ def test_a_module_whose_arguments_do_not_fit_the_gate_is_refused() -> None:
     backend = outcome(attached(Folded())[0], torch.randn(1, *GRID, 16))
     assert backend.outcomes == ["gate_unplaced"]
     assert "no argument" in backend.decisions[0].detail
+
+
+class Casting(Attention):
+    """A module of low precision that is handed full precision, and other tensors."""
+
+    def forward(self, ids: Tensor, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend."""
+        return super().forward(x.to(self.to_q.weight.dtype))
+
+
+def test_arguments_of_other_dtypes_are_passed_over_or_cast() -> None:
+    model, handle = attached(Casting().to(torch.bfloat16))
+    ids = torch.zeros(1, LENGTH, 16, dtype=torch.int64)
+    inputs = ids, tokens(), torch.ones(1, 5, 16, dtype=torch.bool)
+    backend, actual = record(model, *inputs, policy="dense", grid_thw=GRID)
+    assert backend.outcomes == ["sparse"], [str(each) for each in backend.decisions]
+    with gated(model, handle, NO_TEXT):
+        assert_close(actual, model(*inputs), relative=2e-2)
+
+
+def test_each_call_of_a_checkpointed_module_has_the_gate_of_its_own_tokens() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = checkpoint(self.attn, x, use_reentrant=False)
+            return x
+
+    model = Twice()
+    handle = cs.attach(model, CONFIG, modules="attn")
+    open_gates(model, handle.gates)
+    x = tokens().requires_grad_()
+    backend, actual = record(model, x, policy="dense", grid_thw=GRID)
+    assert backend.outcomes == ["sparse"] * 2
+    with gated(model, handle, NO_TEXT, NO_TEXT):
+        assert_close(actual, model.attn(model.attn(x)))
 
 
 def test_gates_work_with_dynamic_lengths_of_text() -> None:
