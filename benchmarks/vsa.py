@@ -19,10 +19,10 @@ from torch.nn.attention.flex_attention import flex_attention
 import compiled_sparse as cs
 from benchmarks.timing import interleaved_medians
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.layout import tiles_along
 from compiled_sparse.ops import block_sparse_attention
 from compiled_sparse.ops import tile_mean
 from compiled_sparse.ops import top_k_blocks
-from compiled_sparse.ops.tiles import count_tiles
 from compiled_sparse.ops.tiles import spread_over_tokens
 from compiled_sparse.sparsity import num_selected
 
@@ -49,7 +49,7 @@ def _inputs(grid: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> list[Te
     def random(tokens: int) -> Tensor:
         return torch.randn((1, HEADS, tokens, head_dim), generator=generator)
 
-    tiles = math.prod(count_tiles(grid, TILE))
+    tiles = math.prod(tiles_along(grid, TILE))
     tensors = []
     for _ in range(4):
         x = spread_over_tokens(random(tiles), grid, TILE) + random(math.prod(grid))

@@ -89,7 +89,7 @@ class BlockLayout:
     @property
     def tiles_per_axis(self) -> tuple[int, ...]:
         """Number of tiles along each axis, partial ones included."""
-        return tuple(-(-extent // side) for extent, side in zip(self.grid, self.tile, strict=True))
+        return tuple(tiles_along(self.grid, self.tile))
 
     @property
     def block_size(self) -> int:
@@ -114,12 +114,12 @@ class BlockLayout:
     @property
     def num_text_blocks_before(self) -> int:
         """Number of text runs in front of the video."""
-        return -(-self.text_before // self.block_size)
+        return int(ceil_div(self.text_before, self.block_size))
 
     @property
     def num_text_blocks_after(self) -> int:
         """Number of text runs behind the video."""
-        return -(-self.text_after // self.block_size)
+        return int(ceil_div(self.text_after, self.block_size))
 
     @property
     def num_blocks(self) -> int:
@@ -145,6 +145,16 @@ class BlockLayout:
 
     def _run_sizes(self, tokens: int) -> list[int]:
         return [min(self.block_size, tokens - i) for i in range(0, tokens, self.block_size)]
+
+
+def ceil_div(number: Any, divisor: int) -> Any:
+    """Return a quotient rounded up; the number may be symbolic."""
+    return (number + divisor - 1) // divisor
+
+
+def tiles_along(grid: Sequence[Any], tile: Sequence[int]) -> list[Any]:
+    """Return the number of tiles along each axis, partial ones included; sizes may be symbolic."""
+    return [ceil_div(extent, side) for extent, side in zip(grid, tile, strict=True)]
 
 
 def check_extents(name: str, extents: Any) -> None:

@@ -7,6 +7,7 @@ tiles added here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.layout import ceil_div
+from compiled_sparse.layout import tiles_along
 from compiled_sparse.ops.autocast import register_autocast_like_sdpa
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
@@ -80,15 +83,9 @@ def count_blocks(
     grid: Sequence[Any], tile: Sequence[int], text_before: Any, text_after: Any
 ) -> tuple[Any, list[Any]]:
     """Return the number of blocks and of tiles per axis; sizes may be symbolic."""
-    block_size = 1
-    num_tiles: Any = 1
-    tiles_per_axis = []
-    for extent, side in zip(grid, tile, strict=True):
-        block_size *= side
-        tiles_per_axis.append((extent + side - 1) // side)
-        num_tiles = num_tiles * tiles_per_axis[-1]
-    text_blocks = sum((t + block_size - 1) // block_size for t in (text_before, text_after))
-    return num_tiles + text_blocks, tiles_per_axis
+    tiles_per_axis = tiles_along(grid, tile)
+    text_blocks = sum(ceil_div(text, math.prod(tile)) for text in (text_before, text_after))
+    return math.prod(tiles_per_axis) + text_blocks, tiles_per_axis
 
 
 def list_width(tiles_per_axis: Sequence[Any], windows: Sequence[Window]) -> Any:

@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.layout import ceil_div
 from compiled_sparse.layout import three_axes
+from compiled_sparse.layout import tiles_along
 from compiled_sparse.ops.checks import check_dtype
 from compiled_sparse.ops.checks import check_length
 from compiled_sparse.ops.checks import check_rank
+from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import block_tokens
@@ -131,13 +134,8 @@ def _bags(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake(x: Tensor, grid: list[Any], tile: list[int], text_before: Any, text_after: Any) -> Tensor:
     _check(x)
-    runs = (_ceil(text, math.prod(tile)) for text in (text_before, text_after))
-    tiles = math.prod(_ceil(extent, side) for extent, side in zip(grid, tile, strict=True))
-    return x.new_empty((*x.shape[:2], tiles + sum(runs), x.shape[3]))
-
-
-def _ceil(number: Any, divisor: int) -> Any:
-    return (number + divisor - 1) // divisor
+    runs = sum(ceil_div(text, math.prod(tile)) for text in (text_before, text_after))
+    return x.new_empty((*x.shape[:2], math.prod(tiles_along(grid, tile)) + runs, x.shape[3]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -147,9 +145,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grid, tile, before, after = ctx.geometry
     block_of_token, sizes = _blocks(grid, tile, before, after, grad.device)
-    compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
     # Heads beside each other in memory: long rows to copy, and what attention's gradients have.
-    shares = (grad.to(compute) / sizes[:, None]).to(grad.dtype).transpose(1, 2)
+    shares = (grad.to(compute_dtype(grad)) / sizes[:, None]).to(grad.dtype).transpose(1, 2)
     return shares.index_select(1, block_of_token).transpose(1, 2), None, None, None, None
 
 
@@ -165,13 +162,13 @@ def _blocks(
     sizes = torch.ones((), dtype=torch.int64, device=device)
     tiles = 1
     for extent, side in zip(grid, tile, strict=True):
-        along = _ceil(extent, side)
+        along = ceil_div(extent, side)
         index = index[..., None] * along + torch.arange(extent, device=device) // side
         sizes = sizes[..., None] * (extent - torch.arange(0, extent, side, device=device)).clamp(
             max=side
         )
         tiles = tiles * along
-    first = _ceil(before, size)
+    first = ceil_div(before, size)
     texts = [torch.arange(text, device=device) // size for text in (before, after)]
     runs = [
         (text - torch.arange(0, text, size, device=device)).clamp(max=size)

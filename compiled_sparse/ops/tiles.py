@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from compiled_sparse.layout import BlockLayout
+from compiled_sparse.layout import tiles_along
+from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.plan import tile_of_token
 from compiled_sparse.ops.tile_mean import tile_mean
 
@@ -26,16 +28,6 @@ _FIRST_AXIS = 2
 def is_traced(tensor: Tensor) -> bool:
     """Whether operations on a tensor are recorded, not only computed."""
     return type(tensor) not in (Tensor, torch.nn.Parameter) or get_proxy_mode() is not None
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of sums over values of a tensor."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def count_tiles(grid: Sequence[Any], tile: Sequence[int]) -> list[Any]:
-    """Return the number of tiles along each axis, partial ones included; sizes may be symbolic."""
-    return [(extent + side - 1) // side for extent, side in zip(grid, tile, strict=True)]
 
 
 def sizes_of_tiles(grid: Sequence[Any], tile: Sequence[int], device: torch.device) -> Tensor:
@@ -66,7 +58,7 @@ def means_of_tiles(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tenso
 
 
 def _sums(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
-    tiles = count_tiles(grid, tile)
+    tiles = tiles_along(grid, tile)
     x = x.unflatten(_FIRST_AXIS, tuple(grid))
     for axis in reversed(range(len(grid))):
         dim = _FIRST_AXIS + axis
@@ -104,7 +96,7 @@ def spread_over_tokens(pooled: Tensor, grid: Sequence[Any], tile: Sequence[int])
         layout = BlockLayout(tuple(grid), tuple(tile))
         spread: Tensor = _Spread.apply(pooled, layout)  # type: ignore[no-untyped-call]
         return spread
-    tiles = count_tiles(grid, tile)
+    tiles = tiles_along(grid, tile)
     # In the dtype of sums for the backward, which adds up axis by axis.
     x: Tensor = pooled.to(compute_dtype(pooled)).unflatten(_FIRST_AXIS, tiles)
     for axis, (extent, side) in enumerate(zip(grid, tile, strict=True)):

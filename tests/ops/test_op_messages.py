@@ -17,7 +17,14 @@ from compiled_sparse import errors
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 
-MODULES = ("ops/attention", "ops/checks", "ops/block_sparse", "ops/vsa", "reference/attention")
+MODULES = (
+    "ops/attention",
+    "ops/checks",
+    "ops/block_sparse",
+    "ops/video",
+    "ops/vsa",
+    "reference/attention",
+)
 GRID = (2, 3, 2)
 VSA = cs.VSA(sparsity=0.5, tile_thw=(2, 2, 2))
 Q = torch.zeros(2, 4, 12, 8)
