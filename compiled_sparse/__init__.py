@@ -17,6 +17,8 @@ from compiled_sparse.config import STA
 from compiled_sparse.config import SWBA
 from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
+from compiled_sparse.config_sla import SLA
+from compiled_sparse.config_sla import SageSLA
 from compiled_sparse.config_vsa import VSA
 from compiled_sparse.explain import explain
 from compiled_sparse.export import rewrite_exported
@@ -33,6 +35,7 @@ from compiled_sparse.sparsity import sparsity_ramp
 from compiled_sparse.windows import WindowTable
 
 __all__ = [
+    "SLA",
     "STA",
     "SWBA",
     "VSA",
@@ -40,6 +43,7 @@ __all__ = [
     "Dense",
     "Guard",
     "Policy",
+    "SageSLA",
     "Text",
     "WindowTable",
     "attach",

@@ -32,14 +32,20 @@ class MechanismConfig:
     """Base of every mechanism's config.
 
     Subclasses are frozen dataclasses that set `name`; `compiled_sparse.registry` makes them known.
-    With `grid_is_sequence` the mechanism is given the whole sequence, text included, as a grid of
-    one axis, and no other grid need be known. With `has_sparsity` it has a field `sparsity`, which
-    the sparsity of `cs.metadata` replaces.
+    With `has_sparsity` the config says how much of the work is left out, which the sparsity of
+    `cs.metadata` replaces: in a field `sparsity`, or as `with_sparsity` does.
     """
 
     name: ClassVar[str] = ""
-    grid_is_sequence: ClassVar[bool] = False
     has_sparsity: ClassVar[bool] = False
+
+    @property
+    def grid_is_sequence(self) -> bool:
+        """Whether it is given the whole sequence, text included, as a grid of one axis.
+
+        No other grid need be known then.
+        """
+        return False
 
     @property
     def num_axes(self) -> int | None:
@@ -73,6 +79,19 @@ class MechanismConfig:
         """The learned gate this config needs in every attention module, by the module's name."""
         return None
 
+    @property
+    def projection_name(self) -> str | None:
+        """The learned projection this config uses in every attention module, by its name there."""
+        return None
+
+    def with_sparsity(self, sparsity: float) -> MechanismConfig:
+        """Return the config with another sparsity, for one that `has_sparsity`.
+
+        Raises:
+            ConfigError: if the sparsity is out of range.
+        """
+        return dataclasses.replace(self, sparsity=sparsity)  # type: ignore[call-arg]
+
     def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
         """Return the config at a step in a layer; the same one unless it holds a schedule."""
         return self
@@ -104,6 +123,23 @@ class MechanismConfig:
                 got="a gate tensor",
                 expected="gate=None",
                 next_step="leave the gate out, or name a mechanism that has one, such as VSA()",
+            )
+
+    def check_projection(self, projection: object) -> None:
+        """Check that the config makes use of a projection if one is given.
+
+        Args:
+            projection: What was given, None for nothing.
+
+        Raises:
+            ConfigError: if it does not, or it is no weight and bias.
+        """
+        if projection is not None:
+            raise ConfigError(
+                f"{self.name or type(self).__name__} takes no projection",
+                got="a projection",
+                expected="proj=None",
+                next_step="leave proj out, or name a mechanism with a linear branch, such as SLA()",
             )
 
     def check_sparsity(self, sparsity: object) -> None:
@@ -337,7 +373,6 @@ class SWBA(MechanismConfig):
     """
 
     name: ClassVar[str] = "swba"
-    grid_is_sequence: ClassVar[bool] = True
 
     block: int = 256
     window: int = 4
@@ -350,6 +385,11 @@ class SWBA(MechanismConfig):
                 expected="block in tokens and window in blocks, integers of at least 1",
                 next_step="pass block=256, window=4, for instance",
             )
+
+    @property
+    def grid_is_sequence(self) -> bool:
+        """Always: blocks are runs of the sequence."""
+        return True
 
     @property
     def num_axes(self) -> int:
@@ -369,7 +409,7 @@ def at_sparsity(config: MechanismConfig, sparsity: float | None) -> MechanismCon
     """
     if sparsity is None or not config.has_sparsity:
         return config
-    return dataclasses.replace(config, sparsity=sparsity)  # type: ignore[call-arg]
+    return config.with_sparsity(sparsity)
 
 
 _WITHOUT_OP: dict[str, type[MechanismConfig]] = {"auto": Auto, "dense": Dense}

@@ -43,8 +43,8 @@ KERNEL_EFFICIENCY = 0.8
 RUNTIME_INPUTS = ("step", "sparsity", "layer", "windows")
 """Tensors an op may ask for; each is always there."""
 
-OPTIONAL_INPUTS = ("given_sparsity", "gate")
-"""Those an op is given as a tensor or as None: the sparsity of `cs.metadata`, a module's gate."""
+OPTIONAL_INPUTS = ("given_sparsity", "gate", "proj_weight", "proj_bias")
+"""Those an op is given as a tensor or as None: the sparsity of `cs.metadata`, what a module has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Capabilities:
     Args:
         dtypes: Accepted dtypes of queries, keys and values.
         max_head_dim: Largest head size.
+        head_dims: The only head sizes; None means all up to the largest.
         gpu_dtypes: Accepted dtypes on GPUs; None means the same.
         gpu_max_head_dim: Largest head size on GPUs; None means the same.
         devices: Accepted device types.
@@ -65,6 +66,7 @@ class Capabilities:
 
     dtypes: frozenset[torch.dtype]
     max_head_dim: int
+    head_dims: frozenset[int] | None = None
     gpu_dtypes: frozenset[torch.dtype] | None = None
     gpu_max_head_dim: int | None = None
     devices: frozenset[str] = frozenset({"cpu"})

@@ -13,6 +13,10 @@ from typing import Any
 from compiled_sparse.errors import MetadataError
 
 
+RATIO_DIGITS = 12
+"""Decimal places of the share that a sparsity leaves."""
+
+
 def num_selected(num_tiles: int, sparsity: float) -> int:
     """Return how many of a row's tiles are attended: ceil((1 - sparsity) * num_tiles), at least 1.
 
@@ -31,6 +35,35 @@ def num_selected(num_tiles: int, sparsity: float) -> int:
     _require("num_tiles", num_tiles, _is_integer(num_tiles, 1), "an integer of at least 1")
     _require("sparsity", sparsity, _is_share(sparsity), "a number from 0 to 1")
     return max(1, min(math.ceil((1.0 - float(sparsity)) * num_tiles), num_tiles))
+
+
+def truncated_top_k(num_blocks: int, ratio: float) -> int:
+    """Return how many of a row's blocks are attended: ratio * num_blocks cut off, at least 1.
+
+    The product is rounded as a Python float, which shows: 0.29 of 100 blocks are 28, not 29. That
+    one block is left where the published rule leaves none is a deviation: none gives NaN.
+
+    Args:
+        num_blocks: Number of key blocks, partial ones included.
+        ratio: Share of the blocks to keep.
+
+    Returns:
+        A number from 1 to `num_blocks`.
+
+    Raises:
+        MetadataError: if there is no block, or the ratio is not from 0 to 1.
+    """
+    _require("num_blocks", num_blocks, _is_integer(num_blocks, 1), "an integer of at least 1")
+    _require("ratio", ratio, _is_share(ratio), "a number from 0 to 1")
+    return max(1, min(int(float(ratio) * num_blocks), num_blocks))
+
+
+def ratio_at(sparsity: float) -> float:
+    """Return the share to keep at a sparsity, free of the rounding of 1 - sparsity.
+
+    Without that 0.9 would leave less than 0.1, which is cut off to one block less.
+    """
+    return round(1.0 - sparsity, RATIO_DIGITS)
 
 
 def sparsity_ramp(step: int, *, target: float, rate: float = 0.01, interval: int = 1) -> float:

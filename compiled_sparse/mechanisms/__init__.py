@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from compiled_sparse.mechanisms import sla
 from compiled_sparse.mechanisms import sta
 from compiled_sparse.mechanisms import swba
 from compiled_sparse.mechanisms import vsa
 from compiled_sparse.registry import register
 
+register(sla.MECHANISM)
 register(sta.MECHANISM)
 register(swba.MECHANISM)
 register(vsa.MECHANISM)

@@ -42,6 +42,7 @@ def attention(
     layer: int | None = ...,
     sparsity: float | Tensor | None = ...,
     gate: Tensor | None = ...,
+    proj: tuple[Tensor, Tensor | None] | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -61,6 +62,7 @@ def attention(
     layer: int | None = ...,
     sparsity: float | Tensor | None = ...,
     gate: Tensor | None = ...,
+    proj: tuple[Tensor, Tensor | None] | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -79,6 +81,7 @@ def attention(
     layer: int | None = None,
     sparsity: float | Tensor | None = None,
     gate: Tensor | None = None,
+    proj: tuple[Tensor, Tensor | None] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by one mechanism, eagerly or inside any compiled function.
@@ -96,10 +99,13 @@ def attention(
         step: Denoising step, for a config with a table of windows; None means that of
             `cs.metadata`, else the first. Traced code has no metadata: pass it there.
         layer: Layer, for the same.
-        sparsity: Fraction of the work to leave out, in place of the config's (`VSA`); None means
+        sparsity: Fraction of the work to leave out, in place of the config's (`VSA`, `SLA`); None means
             that of `cs.metadata`, else the config's. As a float64 tensor without axes it changes
             from call to call of a compiled function without a recompilation.
         gate: [batch, query heads, length, head_dim], what weighs the compressed branch of `VSA`.
+        proj: Weight [head_dim, head_dim] and bias [head_dim] of the learned projection behind the
+            linear branch of `SLA` and `SageSLA`, of any floating dtype; None leaves that branch
+            out, as a projection of zeros would.
         return_lse: Also return the natural log-sum-exp, float32 [batch, query heads, length].
 
     Returns:
@@ -121,6 +127,7 @@ def attention(
     if isinstance(config, MechanismConfig):
         config.check_gate(gate is not None)
         config.check_sparsity(sparsity)
+        config.check_projection(proj)
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
     given: object = config
@@ -151,7 +158,9 @@ def attention(
     tile = _resolve_tile(config, tuple(grid_thw))
     _check_self_attention(q, k, config)
     call = mechanism.lower(config, tile, list(grid_thw), text.before, text.after)
-    optional = {"given_sparsity": sparsity if isinstance(sparsity, Tensor) else None, "gate": gate}
+    weight, bias = proj or (None, None)
+    given = sparsity if isinstance(sparsity, Tensor) else None
+    optional = {"given_sparsity": given, "gate": gate, "proj_weight": weight, "proj_bias": bias}
     runtime = [
         optional[name] if name in optional else _runtime_tensor(name, config, step, layer, q.device)
         for name in call.runtime_inputs

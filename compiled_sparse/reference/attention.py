@@ -33,6 +33,7 @@ def attention(
     layer: int | None = None,
     sparsity: float | None = None,
     gate: Tensor | None = None,
+    proj: tuple[Tensor, Tensor | None] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense masked attention with the signature and meaning of `compiled_sparse.attention`.
@@ -55,6 +56,7 @@ def attention(
         layer: Layer, for the same.
         sparsity: Fraction of the work to leave out, in place of the config's (`VSA`).
         gate: [batch, query heads, length, head_dim], what weighs the compressed branch of `VSA`.
+        proj: Weight [head_dim, head_dim] and bias [head_dim] behind the linear branch of `SLA`.
         return_lse: Also return the natural log-sum-exp.
 
     Returns:
@@ -66,6 +68,7 @@ def attention(
         ConfigError: if the config has no reference, or its windows are not one per query head.
     """
     config.check_gate(gate is not None)
+    config.check_projection(proj)
     config.check_sparsity(sparsity)
     config = at_sparsity(config.at(step, layer), sparsity)
     if config.grid_is_sequence:
@@ -73,7 +76,8 @@ def attention(
     mechanism = mechanism_of(config)
     if mechanism is not None and mechanism.reference is not None:
         _checked_tile(config, q.shape[2], k.shape[2], grid_thw, text or Text())
-        optional = {} if gate is None else {"gate": gate}
+        given = {"gate": gate, "proj": proj}
+        optional = {name: value for name, value in given.items() if value is not None}
         both = mechanism.reference(
             q,
             k,

@@ -32,6 +32,7 @@ def attention_over_blocks(
     block_indices: Tensor,
     block_counts: Tensor,
     *,
+    key_layout: BlockLayout | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -46,19 +47,22 @@ def attention_over_blocks(
         layout: How the sequence is cut into blocks.
         block_indices: int32 [batch or 1, query heads or 1, blocks, K].
         block_counts: int32 [batch or 1, query heads or 1, blocks].
+        key_layout: How the sequence is cut into blocks of keys; None means as the queries are.
         key_mask: bool [batch, length], True where the key is attended.
         scale: Softmax scale; None means `head_dim ** -0.5`.
 
     Returns:
         The output in v's dtype, and the natural log-sum-exp in the dtype of the arithmetic.
     """
+    key_layout = key_layout or layout
     listed = torch.arange(block_indices.shape[-1], device=q.device) < block_counts[..., None]
     # Unlisted entries point at one block too many, which is cut off.
-    targets = torch.where(listed, block_indices.long(), layout.num_blocks)
-    seen = torch.zeros(*targets.shape[:-1], layout.num_blocks + 1, dtype=torch.bool).to(q.device)
-    seen = seen.scatter(-1, targets, True)[..., : layout.num_blocks]
-    blocks = block_of_token(layout).to(q.device)
-    mask = seen[..., blocks, :][..., blocks]
+    num_blocks = key_layout.num_blocks
+    targets = torch.where(listed, block_indices.long(), num_blocks)
+    seen = torch.zeros(*targets.shape[:-1], num_blocks + 1, dtype=torch.bool).to(q.device)
+    seen = seen.scatter(-1, targets, True)[..., :num_blocks]
+    rows, columns = (block_of_token(each).to(q.device) for each in (layout, key_layout))
+    mask = seen[..., rows, :][..., columns]
     if key_mask is not None:
         mask = mask & key_mask[:, None, None, :]
         k, v = (each.masked_fill(~key_mask[:, None, :, None], 0.0) for each in (k, v))
