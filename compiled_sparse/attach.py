@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch import nn
 
+from compiled_sparse.attach_forward import LEARNED
 from compiled_sparse.attach_forward import POLICY
+from compiled_sparse.attach_forward import Names
 from compiled_sparse.attach_forward import bind_module
 from compiled_sparse.attach_forward import bind_root
 from compiled_sparse.attach_forward import check_bindable
@@ -26,11 +28,10 @@ from compiled_sparse.attach_forward import check_releasable
 from compiled_sparse.attach_forward import patch
 from compiled_sparse.attach_forward import release_module
 from compiled_sparse.attach_forward import release_root
-from compiled_sparse.attach_gates import check_gate
-from compiled_sparse.attach_gates import gate_name
-from compiled_sparse.attach_gates import remove_gate
-from compiled_sparse.attach_gates import wanted_gate
+from compiled_sparse.attach_gates import GATE
+from compiled_sparse.attach_learned import LearnedLayer
 from compiled_sparse.attach_modules import attention_modules
+from compiled_sparse.attach_projections import PROJECTION
 from compiled_sparse.checkpoints import LoadReport
 from compiled_sparse.checkpoints import load_with_gates
 from compiled_sparse.checkpoints import report_on
@@ -96,18 +97,27 @@ class Handle:
     @property
     def gates(self) -> tuple[str, ...]:
         """Paths of the learned gates in the model, in layer order."""
-        named = [(path, gate_name(module)) for path, module in self._layers]
-        return tuple(f"{path}.{gate}" if path else gate for path, gate in named if gate)
+        return self._paths(GATE)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Paths of the learned projections in the model, in layer order."""
+        return self._paths(PROJECTION)
+
+    def _paths(self, learned: LearnedLayer) -> tuple[str, ...]:
+        named = [(path, learned.name_of(module)) for path, module in self._layers]
+        return tuple(f"{path}.{name}" if path else name for path, name in named if name)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], *, strict: bool = True
     ) -> LoadReport:
-        """Load weights into the model, gates under the names that published checkpoints use.
+        """Load weights into the model, learned layers under the names of published checkpoints.
 
         Args:
             state_dict: Weights by diffusers' or FastVideo's names; gates at the attention module
-                or at its block.
-            strict: Whether every name must fit; gates that are missing are zero in any case.
+                or at its block, projections wherever published models have them.
+            strict: Whether every name must fit; gates and projections that are missing are zero in
+                any case.
 
         Returns:
             What was found, zero-filled, missing and unexpected.
@@ -116,7 +126,9 @@ class Handle:
             CheckpointError: as `compiled_sparse.checkpoints.load_with_gates` does, for one where
                 the model has no place for a gate. The model is unchanged then.
         """
-        return load_with_gates(self._model, self.gates, state_dict, strict=strict)
+        return load_with_gates(
+            self._model, self.gates, state_dict, projections=self.projections, strict=strict
+        )
 
     def load_state_dict_report(self, state_dict: Mapping[str, Any]) -> LoadReport:
         """Say what `load_state_dict` would find, without loading anything.
@@ -124,20 +136,21 @@ class Handle:
         Args:
             state_dict: What is going to be loaded into the model.
         """
-        return report_on(self._model, self.gates, state_dict)
+        return report_on(self._model, self.gates, state_dict, projections=self.projections)
 
     def report(self) -> str:
         """Return what is attached and when it takes effect, in words."""
         first, last = self.modules[0], self.modules[-1]
         return (
             f"{len(self._layers)} attention modules attached, {first} to {last}"
-            f"{self._describe_gates()}.\n"
+            f"{self._describe(GATE)}{self._describe(PROJECTION)}.\n"
             'They become sparse when compiled with backend="compiled_sparse", alone or within the '
             "model. Run eagerly or compiled by another backend they compute dense attention."
         )
 
-    def _describe_gates(self) -> str:
-        return f"; {len(self.gates)} learned gates, the first {self.gates[0]}" if self.gates else ""
+    def _describe(self, learned: LearnedLayer) -> str:
+        paths = self._paths(learned)
+        return f"; {len(paths)} learned {learned.kind}s, the first {paths[0]}" if paths else ""
 
     def __enter__(self) -> Handle:
         """Return the handle."""
@@ -161,10 +174,11 @@ def attach(
     For models that are compiled in parts, such as with diffusers' `compile_repeated_blocks`: the
     graph of a block knows neither which block it is nor the grid. Attached modules say the former;
     of the latter the model's `forward` reads what its call tells. Attaching again replaces what was
-    attached before, but for learned gates; doing so after compiling is fine.
+    attached before, but for what is learned; doing so after compiling is fine.
 
-    A config that names a learned gate, such as `VSA(gate="to_gate_compress")`, gives each module
-    whose rule it is a linear layer of this name, zero at first.
+    A config that names a learned gate, such as `VSA(gate="to_gate_compress")`, or a learned
+    projection, as `SLA()` does, gives each module whose rule it is a linear layer of this name,
+    zero at first.
 
     Args:
         model: The model, compiled or not, or a single attention module.
@@ -180,8 +194,8 @@ def attach(
         AttachError: if the arguments are no module and no globs, there is no attention module, a
             glob matches none, the model is on the meta device, a table of windows has another
             number of layers, no sparse rule of the policy matches any of the modules, a module
-            cannot have the gate it is to have, or something else has hidden what an earlier attach
-            did. Nothing is changed then.
+            cannot have the gate or projection it is to have, or something else has hidden what an
+            earlier attach did. Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
@@ -195,12 +209,12 @@ def attach(
     attached = {id(module) for _, module in layers}
     others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
     has_root = id(model) not in attached
-    gates = _checked_gates(layers, policies)
+    learned = _checked_names(layers, policies)
     _check_patches([module for _, module in layers], others, model if has_root else None)
     for module in others:
         _release(module)
     for index, ((path, module), own) in enumerate(zip(layers, policies, strict=True)):
-        bind_module(module, _for_layer(own, path, index, len(layers)), index, gates[index])
+        bind_module(module, _for_layer(own, path, index, len(layers)), index, learned[index])
     if has_root:
         bind_root(model)
     return Handle(model, layers)
@@ -227,14 +241,14 @@ def sparse(policy: PolicyLike) -> Callable[[Target], Target]:
     """
     resolved = as_policy(policy)
     document = resolved.to_json()
-    gate = wanted_gate(config for _, config in resolved.rules)
+    names = _wanted(config for _, config in resolved.rules)
 
     def decorate(target: Target) -> Target:
         if isinstance(target, nn.Module):
-            check_gate(target, gate)
-            bind_module(target, document, None, gate)
+            _check_names(target, names)
+            bind_module(target, document, None, names)
         elif isinstance(target, type) and issubclass(target, nn.Module):
-            _decorate_class(target, document, gate)
+            _decorate_class(target, document, names)
         else:
             raise AttachError(
                 "cs.sparse is for modules",
@@ -247,14 +261,14 @@ def sparse(policy: PolicyLike) -> Callable[[Target], Target]:
     return decorate
 
 
-def _decorate_class(cls: Any, document: str, gate: str | None) -> None:
+def _decorate_class(cls: Any, document: str, names: Names) -> None:
     initialise, restore = cls.__init__, cls.__setstate__
 
     @functools.wraps(initialise)
     def initialise_and_bind(self: Any, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
-        check_gate(self, gate)
-        bind_module(self, document, None, gate)
+        _check_names(self, names)
+        bind_module(self, document, None, names)
 
     @functools.wraps(restore)
     def restore_and_patch(self: Any, state: Any) -> None:
@@ -286,7 +300,8 @@ def _release(module: nn.Module) -> None:
     own = getattr(type(module), CLASS_POLICY, None)
     if own is None:
         release_module(module)
-        remove_gate(module)
+        for learned in LEARNED:
+            learned.remove(module)
     else:
         bind_module(module, own, None)
 
@@ -315,15 +330,25 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     return Policy(rules or {_NOWHERE: Dense()}, *steps, dense_first_layers=int(is_dense)).to_json()
 
 
-def _checked_gates(
+def _checked_names(
     layers: list[tuple[str, nn.Module]], policies: list[Policy | None]
-) -> list[str | None]:
-    """Return the name of the gate each module is to have."""
-    gates = []
+) -> list[Names]:
+    """Return the names of what each module is to learn."""
+    found = []
     for (path, module), policy in zip(layers, policies, strict=True):
-        gates.append(wanted_gate(_configs(policy, path).values()))
-        check_gate(module, gates[-1])
-    return gates
+        found.append(_wanted(_configs(policy, path).values()))
+        _check_names(module, found[-1])
+    return found
+
+
+def _wanted(configs: Iterable[MechanismConfig]) -> Names:
+    given = list(configs)
+    return tuple(learned.wanted(given) for learned in LEARNED)
+
+
+def _check_names(module: nn.Module, names: Names) -> None:
+    for learned, name in zip(LEARNED, names, strict=True):
+        learned.check(module, name)
 
 
 def _configs(policy: Policy | None, path: str) -> dict[str, MechanismConfig]:

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch import nn
 
 from compiled_sparse import ops as _ops  # noqa: F401 - registers the markers
-from compiled_sparse.attach_gates import add_gate
+from compiled_sparse.attach_gates import GATE
 from compiled_sparse.attach_gates import traced_gate
+from compiled_sparse.attach_projections import PROJECTION
+from compiled_sparse.attach_projections import traced_projection
 from compiled_sparse.call_layout import read_grid
 from compiled_sparse.errors import AttachError
 from compiled_sparse.metadata import current_layout
@@ -31,19 +33,26 @@ INNER = "_compiled_sparse_inner"
 NO_LAYER = (0,)
 """Shape of the layer buffer of a module that does not know its place in the model."""
 
+LEARNED = (GATE, PROJECTION)
+"""What a module may be given to learn."""
+
+Names = tuple[str | None, ...]
+"""Name of each of `LEARNED` that a module is to have."""
+
 _SIZES = ("num_frames", "height", "width")
 
 
-def bind_module(module: nn.Module, policy: str, layer: int | None, gate: str | None = None) -> None:
-    """Let a module's traced `forward` emit a marker with its policy, layer index and gate.
+def bind_module(module: nn.Module, policy: str, layer: int | None, names: Names = ()) -> None:
+    """Let a module's traced `forward` emit a marker: policy, layer index, and what it has learned.
 
     Args:
         module: The attention module.
         policy: JSON of its policy, or empty to follow the backend's options.
         layer: Index among the attention layers of the model; None where not known.
-        gate: Name of a learned gate it is to have; None leaves it the one it may have.
+        names: Names of the layers it is to have; None leaves it the one it may have.
     """
-    add_gate(module, gate)
+    for learned, name in zip(LEARNED, names or (None,) * len(LEARNED), strict=True):
+        learned.add(module, name)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     index = torch.empty(NO_LAYER if layer is None else (), dtype=torch.int64, device="cpu")
     if layer is not None:
@@ -138,6 +147,8 @@ def _emit_marker(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         module.compiled_sparse_layer,
         gate,
         module._compiled_sparse_gate[0],
+        traced_projection(module),
+        module._compiled_sparse_projection[0],
         module._compiled_sparse_policy,
     )
 

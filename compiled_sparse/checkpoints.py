@@ -1,4 +1,4 @@
-"""Names of parameters in checkpoints: diffusers' and FastVideo's, and learned gates among them.
+"""Names of parameters in checkpoints: diffusers' and FastVideo's, and learned ones among them.
 
 Both write the same numbers under different names. Published checkpoints mix the two: diffusers'
 names for everything but the gates, which stand at the block and not at its attention module.
@@ -24,7 +24,11 @@ from torch import nn
 from compiled_sparse.errors import CheckpointError
 
 GATE = "to_gate_compress"
-_ANY_GATE = "gate_compress"
+_ANY_LEARNED = ("gate_compress", ".proj_l.")
+_OWN_PROJECTIONS = ("attn_impl.proj_l", "attn_op.local_attn.proj_l", "proj_l")
+_BLOCK_PROJECTION = "self_attn.attn_op.local_attn.proj_l"
+"""Where published models have the projection, from the attention module and from the block."""
+
 _PARAMETERS = ("weight", "bias")
 _SHOWN_NAMES = 3
 
@@ -80,6 +84,18 @@ class LoadReport:
         return "\n".join(f"{kind + ':':18}{_few(names)}" for kind, names in kinds.items())
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """Paths of learned layers, each with that of the linear layer it is or wraps."""
+
+    gates: dict[str, str]
+    projections: dict[str, str]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.gates.values(), *self.projections.values())
+
+
 def to_diffusers(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """Return a state dict under the names diffusers gives to the parameters of a Wan block.
 
@@ -114,18 +130,22 @@ def load_with_gates(
     gates: Sequence[str],
     state_dict: Mapping[str, Tensor],
     *,
+    projections: Sequence[str] = (),
     strict: bool = True,
 ) -> LoadReport:
-    """Load a checkpoint into a model that has learned gates; gates it does not have become zero.
+    """Load a checkpoint into a model that has learned gates; those it does not have become zero.
 
     Names may be diffusers' or FastVideo's, gates may stand at the block or at its attention module,
     and either side may have the prefixes of wrappers: each name is matched with the one the model
-    really has. The learned parameters of the report are weight and bias of the gates.
+    really has. Projections of `SLA` may be called `<attention>.attn_impl.proj_l` or
+    `<block>.self_attn.attn_op.local_attn.proj_l`. The learned parameters of the report are weight
+    and bias of the gates and projections.
 
     Args:
         model: The model, compiled or not.
         gates: Paths of its gates: `nn.Linear` modules, or modules that wrap one.
         state_dict: What to load.
+        projections: Paths of its projections, likewise.
         strict: Whether it is an error that other parameters get no value, or that names are left
             over.
 
@@ -134,12 +154,13 @@ def load_with_gates(
 
     Raises:
         CheckpointError: if an argument is no model, no mapping of names or no path of a gate; two
-            names mean one parameter; the checkpoint has a gate that the model lacks, strict or not;
+            names mean one parameter; the checkpoint has a gate or projection that the model lacks,
+            strict or not;
             shapes differ; a tensor has no memory; or as `strict` says. Nothing is changed then.
     """
-    model, own, paths = _checked(model, gates)
-    values, report = _matched(own, paths, state_dict)
-    _check_gates(report, paths)
+    model, own, learned = _checked(model, gates, projections)
+    values, report = _matched(own, learned, state_dict)
+    _check_learned(report, learned)
     if strict:
         _check_complete(report)
     _check_values(own, values)
@@ -150,7 +171,13 @@ def load_with_gates(
     return report
 
 
-def report_on(model: nn.Module, gates: Sequence[str], state_dict: Mapping[str, Any]) -> LoadReport:
+def report_on(
+    model: nn.Module,
+    gates: Sequence[str],
+    state_dict: Mapping[str, Any],
+    *,
+    projections: Sequence[str] = (),
+) -> LoadReport:
     """Say what `load_with_gates` would find and fill, without changing anything.
 
     Gates that the model has no place for are among `unexpected`; shapes are not compared.
@@ -159,13 +186,14 @@ def report_on(model: nn.Module, gates: Sequence[str], state_dict: Mapping[str, A
         model: The model, compiled or not.
         gates: Paths of its gates.
         state_dict: What is going to be loaded.
+        projections: Paths of its projections.
 
     Raises:
         CheckpointError: if an argument is no model, no mapping of names or no path of a gate, or
             two names mean one parameter.
     """
-    _, own, paths = _checked(model, gates)
-    return _matched(own, paths, state_dict)[1]
+    _, own, learned = _checked(model, gates, projections)
+    return _matched(own, learned, state_dict)[1]
 
 
 def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -217,9 +245,9 @@ def _renamed(state_dict: Mapping[str, Value], rename: Callable[[str], str]) -> d
 
 
 def _checked(
-    model: nn.Module, gates: Sequence[str]
-) -> tuple[nn.Module, dict[str, Any], dict[str, str]]:
-    """Return the model as it was before compiling, its own state dict, and `_linear` by gate."""
+    model: nn.Module, gates: Sequence[str], projections: Sequence[str]
+) -> tuple[nn.Module, dict[str, Any], _Learned]:
+    """Return the model as it was before compiling, its own state dict, and what it learns."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise CheckpointError(
@@ -230,7 +258,11 @@ def _checked(
         )
     own: dict[str, Any] = model.state_dict()
     names = {each: name for name, each in model.named_modules()}
-    return model, own, {path: _linear(model, path, names, own) for path in _as_paths(gates)}
+    found = [
+        {path: _linear(model, path, names, own) for path in _as_paths(paths)}
+        for paths in (gates, projections)
+    ]
+    return model, own, _Learned(*found)
 
 
 def _as_paths(gates: Any) -> list[Any]:
@@ -263,16 +295,16 @@ def _linear(
 
 
 def _matched(
-    own: Mapping[str, Any], gates: Mapping[str, str], state_dict: Mapping[str, Any]
+    own: Mapping[str, Any], layers: _Learned, state_dict: Mapping[str, Any]
 ) -> tuple[dict[str, Any], LoadReport]:
     """Return the values for the model by its own names, and what to say about them."""
-    places = _places(own, gates)
+    places = _places(own, layers)
 
     def place(name: str) -> str:
         return name if name in own else places.get(_canonical(name), name)
 
     given = _renamed(state_dict, place)
-    names = [f"{linear}.{parameter}" for linear in gates.values() for parameter in _PARAMETERS]
+    names = [f"{linear}.{parameter}" for linear in layers.linears for parameter in _PARAMETERS]
     learned = [name for name in dict.fromkeys(names) if name in own]
     missing = tuple(name for name in learned if name not in given)
     report = LoadReport(
@@ -285,18 +317,21 @@ def _matched(
     return {name: value for name, value in given.items() if name in own}, report
 
 
-def _places(own: Iterable[str], gates: Mapping[str, str]) -> dict[str, str]:
+def _places(own: Iterable[str], layers: _Learned) -> dict[str, str]:
     """Return the model's names by all canonical names they may have in a checkpoint."""
     places = _unambiguous((_canonical(name), name) for name in own)
-    # A gate's own name goes first, then its usual name beside it, then the one at the block.
-    for names_of in (_own_name, _name_at_parent, _name_at_block):
-        claims = [
-            (f"{_canonical(names_of(path))}.{parameter}", f"{linear}.{parameter}")
-            for path, linear in gates.items()
-            for parameter in _PARAMETERS
-            if f"{linear}.{parameter}" in own
-        ]
-        places = {**_unambiguous(claims), **places}
+    # A layer's own name goes first, then the usual names beside it, then the one at the block.
+    of_gates = (_own_name, _at_parent(GATE), _at_block(GATE))
+    of_projections = (_own_name, *map(_at_parent, _OWN_PROJECTIONS), _at_block(_BLOCK_PROJECTION))
+    for paths, names in ((layers.gates, of_gates), (layers.projections, of_projections)):
+        for name_of in names:
+            claims = [
+                (f"{_canonical(name_of(path))}.{parameter}", f"{linear}.{parameter}")
+                for path, linear in paths.items()
+                for parameter in _PARAMETERS
+                if f"{linear}.{parameter}" in own
+            ]
+            places = {**_unambiguous(claims), **places}
     return places
 
 
@@ -311,25 +346,35 @@ def _own_name(path: str) -> str:
     return path
 
 
-def _name_at_parent(path: str) -> str:
-    return ".".join((*path.split(".")[:-1], GATE))
+def _at_parent(name: str) -> Callable[[str], str]:
+    """Return what puts a name in the place of the last one of a path."""
+    return lambda path: ".".join((*path.split(".")[:-1], name))
 
 
-def _name_at_block(path: str) -> str:
-    found = _BLOCK.fullmatch(path)
-    return path if found is None else f"{found[1]}{GATE}"
+def _at_block(name: str) -> Callable[[str], str]:
+    """Return what puts a name behind the block of a path; one without a block stays."""
+
+    def rename(path: str) -> str:
+        found = _BLOCK.fullmatch(path)
+        return path if found is None else f"{found[1]}{name}"
+
+    return rename
 
 
-def _check_gates(report: LoadReport, gates: Iterable[str]) -> None:
-    own = {_last_word(path) for path in gates}
-    left = [name for name in report.unexpected if _ANY_GATE in name or own & set(name.split("."))]
+def _check_learned(report: LoadReport, layers: _Learned) -> None:
+    own = {_last_word(path) for path in (*layers.gates, *layers.projections)}
+    left = [
+        name
+        for name in report.unexpected
+        if any(each in name for each in _ANY_LEARNED) or own & set(name.split("."))
+    ]
     if left:
         raise CheckpointError(
-            "the checkpoint has gates that the model lacks",
+            "the checkpoint has gates or projections that the model lacks",
             got=_few(left),
-            expected="a place for each gate: without them the pictures are wrong",
-            next_step="add the gates to the model and name them in gates=, or remove them from the "
-            "checkpoint if dense attention is wanted",
+            expected="a place for each: without them the pictures are wrong",
+            next_step="attach VSA or SLA and load with the handle, which knows the places, or "
+            "remove them from the checkpoint if dense attention is wanted",
         )
 
 

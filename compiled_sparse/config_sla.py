@@ -84,7 +84,7 @@ class SLA(MechanismConfig):
                 f"{name}.feature_map is not known",
                 got=repr(self.feature_map),
                 expected="one of " + ", ".join(map(repr, FEATURE_MAPS)),
-                next_step='pass feature_map="softmax", which published checkpoints are trained with',
+                next_step='pass feature_map="softmax", as published checkpoints are trained',
             )
         if self.proj is not None and not (isinstance(self.proj, str) and self.proj.isidentifier()):
             raise ConfigError(

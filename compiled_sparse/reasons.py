@@ -29,6 +29,8 @@ REASONS: dict[str, str] = {
     "cs.attention(gate=...).",
     "gate_unused": "The module has a learned gate, and the policy says ungated. Use gate=None, or "
     "remove the gate.",
+    "projection_unfit": "The module's learned projection has another name or size than the policy "
+    "needs. Attach again with the policy, or correct its proj=.",
     "partial_grid": "Attention along some grid axes only, spatial or temporal. Already small.",
     "several_grids": "More than one video in one sequence. Not supported.",
     "layout_dynamic": "Dynamic shapes inside activation checkpointing, or two text lengths that "

@@ -75,6 +75,12 @@ class Capabilities:
     causal: bool = False
     key_mask: bool = True
 
+    def takes_head_dim(self, head_dim: object) -> bool:
+        """Whether a head size is accepted; a symbol nobody can decide on is not."""
+        if not isinstance(head_dim, int) or head_dim > self.max_head_dim:
+            return False
+        return self.head_dims is None or head_dim in self.head_dims
+
     def on_device(self, device: str) -> Capabilities:
         """Return what holds on a device type."""
         if device == "cpu":

@@ -12,7 +12,6 @@ from typing import Any
 
 from compiled_sparse.errors import MetadataError
 
-
 RATIO_DIGITS = 12
 """Decimal places of the share that a sparsity leaves."""
 

@@ -303,7 +303,7 @@ def test_a_gate_at_the_block_that_could_be_either_of_two_is_refused() -> None:
         block.audio.gate = nn.Linear(DIM, DIM)
     gates += [gate.replace("video", "audio") for gate in gates]
     given = {"blocks.0.to_gate_compress.weight": torch.zeros(DIM, DIM)}
-    with pytest.raises(CheckpointError, match="gates that the model lacks"):
+    with pytest.raises(CheckpointError, match="gates or projections that the model lacks"):
         load_with_gates(model, gates, given, strict=False)
 
 
@@ -453,12 +453,12 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any], bool]] = {
         True,
     ),
     "gate of another block": (
-        "gates that the model lacks",
+        "gates or projections that the model lacks",
         lambda given: given.update({"blocks.7.to_gate_compress.weight": torch.zeros(DIM, DIM)}),
         False,
     ),
     "gate of another attention": (
-        "gates that the model lacks",
+        "gates or projections that the model lacks",
         lambda given: given.update({"blocks.0.attn2.to_gate_compress.bias": torch.zeros(DIM)}),
         False,
     ),
@@ -520,14 +520,14 @@ def test_a_bias_that_the_gates_of_the_model_lack_is_refused() -> None:
 
 
 def test_gates_are_refused_where_the_model_has_none() -> None:
-    with pytest.raises(CheckpointError, match="gates that the model lacks"):
+    with pytest.raises(CheckpointError, match="gates or projections that the model lacks"):
         load_with_gates(Model(), [], published(numbers(gated()[0])), strict=False)
 
 
 def test_a_gate_under_the_name_of_the_models_own_is_refused_elsewhere() -> None:
     model, gates = gated("attn1.mixer.0")
     given = {**numbers(model), "blocks.0.attn2.mixer.0.weight": torch.zeros(DIM, DIM)}
-    with pytest.raises(CheckpointError, match="gates that the model lacks"):
+    with pytest.raises(CheckpointError, match="gates or projections that the model lacks"):
         load_with_gates(model, gates, given, strict=False)
     given = {**numbers(model), "blocks.0.other.0.weight": torch.zeros(DIM, DIM)}
     assert load_with_gates(model, gates, given, strict=False).unexpected

@@ -99,9 +99,9 @@ def attention(
         step: Denoising step, for a config with a table of windows; None means that of
             `cs.metadata`, else the first. Traced code has no metadata: pass it there.
         layer: Layer, for the same.
-        sparsity: Fraction of the work to leave out, in place of the config's (`VSA`, `SLA`); None means
-            that of `cs.metadata`, else the config's. As a float64 tensor without axes it changes
-            from call to call of a compiled function without a recompilation.
+        sparsity: Fraction of the work to leave out, in place of the config's (`VSA`, `SLA`); None
+            means that of `cs.metadata`, else the config's. As a float64 tensor without axes it
+            changes from call to call of a compiled function without a recompilation.
         gate: [batch, query heads, length, head_dim], what weighs the compressed branch of `VSA`.
         proj: Weight [head_dim, head_dim] and bias [head_dim] of the learned projection behind the
             linear branch of `SLA` and `SageSLA`, of any floating dtype; None leaves that branch

@@ -14,11 +14,21 @@ from torch.library import register_fake
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 
-LIBRARY.define("bind(Tensor layer, Tensor[] gate, str gate_name, str config) -> ()")
+LIBRARY.define(
+    "bind(Tensor layer, Tensor[] gate, str gate_name, Tensor[] projection, str projection_name, "
+    "str config) -> ()"
+)
 LIBRARY.define("bind_layout(Tensor anchor, SymInt[] grid) -> ()")
 
 
-def _bind(layer: Tensor, gate: list[Tensor], gate_name: str, config: str) -> None:
+def _bind(
+    layer: Tensor,
+    gate: list[Tensor],
+    gate_name: str,
+    projection: list[Tensor],
+    projection_name: str,
+    config: str,
+) -> None:
     """Do nothing: what counts is that the arguments are in the graph."""
 
 

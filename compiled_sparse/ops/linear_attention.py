@@ -45,18 +45,20 @@ def linear_attention(
         [batch, query heads, queries, head_dim] of q's dtype, float32 for float16.
     """
     work = torch.float32 if q.dtype == torch.float16 else q.dtype
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]
-        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    hidden = None if key_mask is None else ~key_mask[:, None, :, None]
+    k, v = _cleared(k, hidden), _cleared(v, hidden)
     queries, keys = (_features(each, feature_map).to(work) for each in (q, k))
-    if key_mask is not None:
-        keys = keys.masked_fill(hidden, 0.0)
+    keys = _cleared(keys, hidden)
     sums = per_query_head(keys.sum(dim=-2, keepdim=True), q)
     products = product(keys.transpose(-1, -2), v.to(work))
     state = per_query_head(product(products, weight.to(work).t()), q)
     weights = (queries * sums).sum(dim=-1, keepdim=True) + _SMALLEST_SUM
     mixed = product(queries, state) / weights
     return mixed if bias is None else mixed + bias.to(work)
+
+
+def _cleared(x: Tensor, hidden: Tensor | None) -> Tensor:
+    return x if hidden is None else x.masked_fill(hidden, 0.0)
 
 
 def _features(x: Tensor, feature_map: str) -> Tensor:

@@ -137,7 +137,7 @@ def _check_projection(q: Tensor, weight: Tensor | None, bias: Tensor | None) -> 
     sizes = [tuple(each.shape) for each in given]
     head_dim = q.shape[-1]
     expected = [(head_dim, head_dim), (head_dim,)][: len(given)]
-    if weight is None and bias is not None or sizes != expected:
+    if (weight is None and bias is not None) or sizes != expected:
         raise ShapeError(
             "the projection does not fit the heads",
             got=f"weight {'None' if weight is None else tuple(weight.shape)}, "

@@ -39,6 +39,21 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A module's learned projection.
+
+    Args:
+        name: The projection's name in the module.
+        weight: [out, in], as of `nn.Linear`.
+        bias: [out], or None.
+    """
+
+    name: str
+    weight: fx.Node
+    bias: fx.Node | None = None
+
+
+@dataclass(frozen=True)
 class Marker:
     """What one attached module says.
 
@@ -49,6 +64,7 @@ class Marker:
         policy: The module's own policy, if it has one.
         layer: The tensor with its layer index; None where it does not know its place.
         gate: The module's learned gate, if it has one.
+        projection: The module's learned projection, if it has one.
     """
 
     owner: fx.GraphModule
@@ -57,6 +73,7 @@ class Marker:
     policy: Policy | None
     layer: fx.Node | None
     gate: Gate | None = None
+    projection: Projection | None = None
 
     def covers(self, path: str) -> bool:
         """Whether a call at `path` is made by this module or by one inside it."""
@@ -129,12 +146,13 @@ def _is_marker(node: fx.Node) -> bool:
 
 def _read(owner: fx.GraphModule, position: int, node: fx.Node) -> Marker:
     arguments: Any = node.args
-    layer, gate, name, document = arguments
+    layer, gate, gate_name, projection, projection_name, document = arguments
     policy = Policy.from_json(str(document)) if document else None
     place = layer if example_value(layer).dim() == 0 else None
     value, source, *given = gate or (None, None)
-    learned = Gate(str(name), value, source, tuple(given)) if name else None
-    return Marker(owner, position, module_path(node), policy, place, learned)
+    weighing = Gate(str(gate_name), value, source, tuple(given)) if gate_name else None
+    projecting = Projection(str(projection_name), *projection) if projection_name else None
+    return Marker(owner, position, module_path(node), policy, place, weighing, projecting)
 
 
 def _common_grid(said: Iterable[fx.Node]) -> tuple[Any, ...] | None:

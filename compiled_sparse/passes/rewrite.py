@@ -168,14 +168,16 @@ class SparseAttentionPass:
         arguments = RuntimeArguments(
             runtime, site, facts, layout, case.marker, has_sparsity=has_sparsity
         )
-        refused = arguments.refusal(_runtime_names(layout, chosen), chosen.config)
+        names = _runtime_names(layout, chosen)
+        refused = arguments.refusal(names, chosen.config)
         if refused is not None:
             return dense_decision(site, facts, refused, wanted)
         if self.rewrite:
             out = _replace(site, layout, chosen, arguments)
             if self.check_rows:
                 checks.add(site.path, site.owner, out, self.check_rows)
-        return sparse_decision(site, facts, layout, chosen, wanted)
+        detail = "; ".join(filter(None, (chosen.detail, arguments.detail(names, chosen.config))))
+        return sparse_decision(site, facts, layout, replace(chosen, detail=detail), wanted)
 
 
 @dataclass(frozen=True)

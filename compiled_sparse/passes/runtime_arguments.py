@@ -8,10 +8,14 @@ import torch
 from torch import fx
 
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.gates import find_hidden_state
 from compiled_sparse.passes.gates import insert_gate
 from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.markers import Marker
+from compiled_sparse.passes.markers import Projection
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
 from compiled_sparse.passes.runtime_inputs import fake_mode_of
@@ -48,6 +52,7 @@ class RuntimeArguments:
         self._layout = layout
         self._layer = None if marker is None else marker.layer
         self._gate = None if marker is None else marker.gate
+        self._projection = None if marker is None else marker.projection
         self._has_sparsity = has_sparsity
 
     def refusal(self, names: tuple[str, ...], config: MechanismConfig) -> Refused | None:
@@ -58,7 +63,12 @@ class RuntimeArguments:
             config: The config the op is for.
         """
         refused = self._gate_refusal(config) if "gate" in names else None
-        is_read = {"gate": False, "given_sparsity": self._has_sparsity}
+        if "proj_weight" in names:
+            refused = self._projection_refusal(config)
+        is_read = {"given_sparsity": self._has_sparsity, "gate": False}
+        is_read |= dict.fromkeys(
+            ("proj_weight", "proj_bias"), self._is_projection_elsewhere(config)
+        )
         names = tuple(name for name in names if is_read.get(name, True))
         if refused is not None or not names:
             return refused
@@ -85,6 +95,41 @@ class RuntimeArguments:
         found = find_hidden_state(self._site, self._layout, self._gate)
         return found if isinstance(found, Refused) else None
 
+    def _used_projection(self, config: MechanismConfig) -> Projection | None:
+        return None if config.projection_name is None else self._projection
+
+    def _is_projection_elsewhere(self, config: MechanismConfig) -> bool:
+        projection = self._used_projection(config)
+        return projection is not None and projection.weight.graph is not self._site.node.graph
+
+    def _projection_refusal(self, config: MechanismConfig) -> Refused | None:
+        projection, name = self._used_projection(config), config.projection_name
+        if projection is None:
+            return None
+        if projection.name != name:
+            detail = f"projection {name!r}, the module has {projection.name!r}"
+            return Refused("projection_unfit", detail)
+        shape, head_dim = shape_of(projection.weight), self._site.tensor("query").shape[3]
+        if shape is None or len(shape) != 2 or not all(same(size, head_dim) for size in shape):
+            detail = f"{name!r} has a weight {shape}, heads are of size {hint(head_dim)}"
+            return Refused("projection_unfit", detail)
+        if self._is_projection_elsewhere(config) and not self._runtime.is_at_root(
+            projection.weight
+        ):
+            return Refused("nested_graph")
+        return None
+
+    def detail(self, names: tuple[str, ...], config: MechanismConfig) -> str:
+        """Return what a report should say about the tensors that the call is not given.
+
+        Args:
+            names: Names among `registry.RUNTIME_INPUTS` and `OPTIONAL_INPUTS`.
+            config: The config the op is for.
+        """
+        if "proj_weight" not in names or self._used_projection(config) is not None:
+            return ""
+        return "no projection, so no linear branch"
+
     def nodes(
         self, names: tuple[str, ...], config: MechanismConfig, text: tuple[Any, Any]
     ) -> list[fx.Node | None]:
@@ -104,6 +149,8 @@ class RuntimeArguments:
             return self._layer_node()
         if name == "gate":
             return self._gate_node(text)
+        if name in ("proj_weight", "proj_bias"):
+            return self._projection_node(name, config)
         if name == "given_sparsity" and not self._has_sparsity:
             return None
         table = config.table if name == "windows" else None
@@ -117,11 +164,22 @@ class RuntimeArguments:
         assert not isinstance(hidden, Refused)
         return insert_gate(self._site, hidden, self._gate, text)
 
+    def _projection_node(self, name: str, config: MechanismConfig) -> fx.Node | None:
+        projection = self._used_projection(config)
+        if projection is None:
+            return None
+        node = projection.weight if name == "proj_weight" else projection.bias
+        return None if node is None else self._here(node)
+
+    def _here(self, node: fx.Node) -> fx.Node:
+        """Return a node as one of the call's graph."""
+        is_here = node.graph is self._site.node.graph
+        return node if is_here else self._runtime.reach(node, self._site.owner)
+
     def _layer_node(self) -> fx.Node:
         site = self._site
         if self._layer is not None:
-            is_here = self._layer.graph is site.node.graph
-            return self._layer if is_here else self._runtime.reach(self._layer, site.owner)
+            return self._here(self._layer)
         settings: dict[str, Any] = {"dtype": torch.int64, "device": site.tensor("query").device}
         arguments = ((), self._facts.layer or 0)
         node = site.node.graph.call_function(torch.full, arguments, settings)

@@ -68,6 +68,10 @@ class RuntimeInputs:
         """Whether a value can be handed from the root's inputs into a nested graph."""
         return owner is self._root or bool(checkpoint_calls(self._root, owner))
 
+    def is_at_root(self, node: fx.Node) -> bool:
+        """Whether a node is one of the root's graph, so that `reach` can hand it on."""
+        return node.graph is self._root.graph
+
     def node(self, wanted: RuntimeInput, site: Site) -> fx.Node:
         """Return an input as a node of a site's graph.
 

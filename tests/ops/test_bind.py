@@ -24,7 +24,7 @@ class Marked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sine."""
-        OPS.bind(self.layer, [self.gate], "gate", "config")
+        OPS.bind(self.layer, [self.gate], "gate", [self.gate], "projection", "config")
         OPS.bind_layout(x, [x.shape[0], 3])
         return x.sin()
 
@@ -38,7 +38,8 @@ MARKERS = ["compiled_sparse.bind.default", "compiled_sparse.bind_layout.default"
 
 def test_the_ops_satisfy_their_contract() -> None:
     assert cs.ops is not None
-    torch.library.opcheck(OPS.bind, (torch.tensor(1), [torch.randn(3)], "gate", "sta"))
+    learned = ([torch.randn(3)], "gate", [torch.randn(3, 3)], "projection")
+    torch.library.opcheck(OPS.bind, (torch.tensor(1), *learned, "sta"))
     torch.library.opcheck(OPS.bind_layout, (torch.randn(2, 3), [2, 3, 4]))
 
 
