@@ -61,7 +61,7 @@ def hidden_states(site: Site, given: Sequence[fx.Node]) -> list[HiddenState]:
         given: Arguments of the module that makes it: what was not computed from any is not its own.
     """
     results = [site.arguments[name] for name in ("query", "key", "value")]
-    flow = _Flow(site.owner)
+    flow = _Flow(site.analysis.writers)
     inputs = [dict.fromkeys(flow.nearest_inputs(node)) for node in results]
     if any(len(shape_of(node) or ()) != 3 for each in inputs for node in each):
         return []  # of projections that cannot be compared none is known to be the one
@@ -86,11 +86,15 @@ def _hidden_state(site: Site, node: fx.Node) -> HiddenState:
 
 
 class _Flow:
-    """Which tensors of a graph are computed from which, writes into memory included."""
+    """Which tensors of a graph are computed from which, writes into memory included.
 
-    def __init__(self, owner: fx.GraphModule) -> None:
+    Args:
+        writers: The graph's operations that may write into their inputs.
+    """
+
+    def __init__(self, writers: Sequence[fx.Node]) -> None:
         self._writers: dict[int, list[fx.Node]] = {}
-        for node in owner.graph.nodes:
+        for node in writers:
             if may_write(node) and node.all_input_nodes:
                 for storage in storage_of(node.all_input_nodes[0]):
                     self._writers.setdefault(storage, []).append(node)
