@@ -94,9 +94,14 @@ def compute(node: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), example_value)
     # A checkpoint around the compiled region counts what is saved for backward: not this.
     with saved_tensors_hooks(_unchanged, _unchanged):
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return run(node, args, kwargs)
+
+
+def run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Return what a call or method gives for these arguments instead of its own."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _unchanged(saved: Any) -> Any:
