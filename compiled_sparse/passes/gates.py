@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from compiled_sparse.passes.combining import shares_provenance
+from compiled_sparse.passes.fx import between
 from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
@@ -76,7 +77,7 @@ def _can_repeat(gate: Gate, node: fx.Node) -> bool:
     fits = fits and all(same(given.shape[dim], other.shape[dim]) for dim in (0, 2))
     if same(given.shape[1], other.shape[1]):
         return fits
-    return fits and all(op_name(each) in _TOKEN_WISE for each in _between(gate.source, gate.value))
+    return fits and all(op_name(each) in _TOKEN_WISE for each in between(gate.source, gate.value))
 
 
 def _fits(site: Site, layout: SiteLayout, hidden: HiddenState) -> bool:
@@ -132,31 +133,10 @@ def insert_gate(site: Site, hidden: HiddenState, gate: Gate, text: tuple[Any, An
 def _repeated(site: Site, source: fx.Node, value: fx.Node, other: fx.Node) -> fx.Node:
     """Copy what leads from one node to another, starting from a third."""
     copies = {source: other}
-    for node in _between(source, value):
+    for node in sorted(between(source, value)):  # in the graph's order
         copy = source.graph.node_copy(node, lambda each: copies.get(each, each))
         copy.meta["example_value"] = compute(copy)
         copies[node] = copy
         if writes(copy, site.owner):
             site.analysis.writers.append(copy)
     return copies[value]
-
-
-def _between(source: fx.Node, value: fx.Node) -> list[fx.Node]:
-    """Return the operations that lead from one node to another, in order, the last included."""
-    leading, found = _ancestors(value), {source: None}
-    for node in source.graph.nodes:
-        is_reached = any(each in found for each in node.all_input_nodes)
-        if node in leading and node is not source and is_reached:
-            found[node] = None
-    return list(found)[1:]
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    rest = [node]
-    while rest:
-        each = rest.pop()
-        if each not in found:
-            found.add(each)
-            rest += each.all_input_nodes
-    return found
