@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from compiled_sparse.ops import guard as _op  # noqa: F401 - defines the op
+from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.runtime_inputs import checkpoint_calls
 
@@ -42,10 +43,8 @@ class Checks:
             statistics = owner.graph.call_function(
                 torch.ops.compiled_sparse.guard_statistics.default, arguments
             )
-        values = fx.node.map_arg(arguments, example_value)
-        fake = example_value(out).fake_mode
-        with fake:
-            statistics.meta["example_value"] = statistics.target(*values)  # type: ignore[operator]
+        with example_value(out).fake_mode:
+            statistics.meta["example_value"] = compute(statistics)
         self._hand_out(path, owner, statistics)
 
     def _hand_out(self, path: str, owner: fx.GraphModule, node: fx.Node) -> None:

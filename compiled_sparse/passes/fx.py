@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,13 +96,64 @@ def compute(node: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), example_value)
     # A checkpoint around the compiled region counts what is saved for backward: not this.
     with saved_tensors_hooks(_unchanged, _unchanged):
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return run(node, args, kwargs)
+
+
+def run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Return what a call or method gives for these arguments instead of its own."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _unchanged(saved: Any) -> Any:
     return saved
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes an operation is handed."""
+    return node.all_input_nodes
+
+
+def walk(
+    start: fx.Node,
+    following: Callable[[fx.Node], Iterable[fx.Node]],
+    is_end: Callable[[fx.Node], bool] = lambda _: False,
+) -> Iterator[fx.Node]:
+    """Yield a node and all that can be reached from it, each once.
+
+    Args:
+        start: Where the walk begins.
+        following: Returns where it goes on from a node.
+        is_end: Whether it goes no further from a node.
+    """
+    seen: set[fx.Node] = set()
+    rest = [start]
+    while rest:
+        node = rest.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            rest += () if is_end(node) else following(node)
+
+
+def between(
+    source: fx.Node,
+    result: fx.Node,
+    inputs: Callable[[fx.Node], Iterable[fx.Node]] = inputs_of,
+) -> set[fx.Node]:
+    """Return what leads from one node to another, the last included; empty if nothing does.
+
+    Args:
+        source: The first node, not among those returned.
+        result: The last.
+        inputs: Returns what a node is computed from.
+    """
+    users: dict[fx.Node, list[fx.Node]] = {}
+    for node in walk(result, inputs, lambda each: each is source):
+        for each in inputs(node):
+            users.setdefault(each, []).append(node)
+    return set(walk(source, lambda each: users.get(each, ()))) - {source}
 
 
 def module_path(node: fx.Node) -> str:

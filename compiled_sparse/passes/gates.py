@@ -7,6 +7,7 @@ tensor, such as text and video in one sequence, the gate's operations are repeat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from compiled_sparse.passes.combining import shares_provenance
+from compiled_sparse.passes.fx import between
 from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
@@ -57,7 +59,7 @@ def find_hidden_state(site: Site, layout: SiteLayout, gate: Gate) -> HiddenState
     ]
     if len(found) != 1:
         return _unplaced(gate, f"{len(found)} hidden states provably feed queries, keys and values")
-    if _is_written(found[0].node, site.owner):
+    if _is_written(found[0].node, site.analysis.writers):
         return _unplaced(gate, f"{found[0].node.name!r} is written in place")
     return found[0]
 
@@ -75,7 +77,7 @@ def _can_repeat(gate: Gate, node: fx.Node) -> bool:
     fits = fits and all(same(given.shape[dim], other.shape[dim]) for dim in (0, 2))
     if same(given.shape[1], other.shape[1]):
         return fits
-    return fits and all(op_name(each) in _TOKEN_WISE for each in _between(gate.source, gate.value))
+    return fits and all(op_name(each) in _TOKEN_WISE for each in between(gate.source, gate.value))
 
 
 def _fits(site: Site, layout: SiteLayout, hidden: HiddenState) -> bool:
@@ -96,12 +98,10 @@ def _video(track: Track, layout: SiteLayout) -> Track | None:
     return None
 
 
-def _is_written(node: fx.Node, owner: fx.GraphModule) -> bool:
+def _is_written(node: fx.Node, writers: Sequence[fx.Node]) -> bool:
     memory = storage_of(node)
-    return any(
-        writes(each, owner) and any(memory & storage_of(given) for given in each.all_input_nodes)
-        for each in owner.graph.nodes
-    )
+    inputs = (given for each in writers for given in each.all_input_nodes)
+    return any(memory & storage_of(given) for given in inputs)
 
 
 def insert_gate(site: Site, hidden: HiddenState, gate: Gate, text: tuple[Any, Any]) -> fx.Node:
@@ -120,7 +120,7 @@ def insert_gate(site: Site, hidden: HiddenState, gate: Gate, text: tuple[Any, An
     assert gate.value is not None
     value = gate.value
     if hidden.node is not gate.source:
-        value = _repeated(gate.source, gate.value, hidden.node)
+        value = _repeated(site, gate.source, gate.value, hidden.node)
     query = site.tensor("query")
     if example_value(value).dtype != query.dtype:
         value = call(torch.ops.aten.to.dtype, value, query.dtype)
@@ -130,32 +130,13 @@ def insert_gate(site: Site, hidden: HiddenState, gate: Gate, text: tuple[Any, An
     return value if is_whole else call(F.pad, value, (0, 0, *text))
 
 
-def _repeated(source: fx.Node, value: fx.Node, other: fx.Node) -> fx.Node:
+def _repeated(site: Site, source: fx.Node, value: fx.Node, other: fx.Node) -> fx.Node:
     """Copy what leads from one node to another, starting from a third."""
     copies = {source: other}
-    for node in _between(source, value):
+    for node in sorted(between(source, value)):  # in the graph's order
         copy = source.graph.node_copy(node, lambda each: copies.get(each, each))
         copy.meta["example_value"] = compute(copy)
         copies[node] = copy
+        if writes(copy, site.owner):
+            site.analysis.writers.append(copy)
     return copies[value]
-
-
-def _between(source: fx.Node, value: fx.Node) -> list[fx.Node]:
-    """Return the operations that lead from one node to another, in order, the last included."""
-    leading, found = _ancestors(value), {source: None}
-    for node in source.graph.nodes:
-        is_reached = any(each in found for each in node.all_input_nodes)
-        if node in leading and node is not source and is_reached:
-            found[node] = None
-    return list(found)[1:]
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    rest = [node]
-    while rest:
-        each = rest.pop()
-        if each not in found:
-            found.add(each)
-            rest += each.all_input_nodes
-    return found

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
+from compiled_sparse.passes.fx import between
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.fx import storage_of
+from compiled_sparse.passes.fx import walk
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import has_one_batch
 from compiled_sparse.passes.tracks import Track
@@ -61,7 +63,7 @@ def hidden_states(site: Site, given: Sequence[fx.Node]) -> list[HiddenState]:
         given: Arguments of the module that makes it: what was not computed from any is not its own.
     """
     results = [site.arguments[name] for name in ("query", "key", "value")]
-    flow = _Flow(site.owner)
+    flow = _Flow(site.analysis.writers)
     inputs = [dict.fromkeys(flow.nearest_inputs(node)) for node in results]
     if any(len(shape_of(node) or ()) != 3 for each in inputs for node in each):
         return []  # of projections that cannot be compared none is known to be the one
@@ -86,11 +88,15 @@ def _hidden_state(site: Site, node: fx.Node) -> HiddenState:
 
 
 class _Flow:
-    """Which tensors of a graph are computed from which, writes into memory included."""
+    """Which tensors of a graph are computed from which, writes into memory included.
 
-    def __init__(self, owner: fx.GraphModule) -> None:
+    Args:
+        writers: The graph's operations that may write into their inputs.
+    """
+
+    def __init__(self, writers: Sequence[fx.Node]) -> None:
         self._writers: dict[int, list[fx.Node]] = {}
-        for node in owner.graph.nodes:
+        for node in writers:
             if may_write(node) and node.all_input_nodes:
                 for storage in storage_of(node.all_input_nodes[0]):
                     self._writers.setdefault(storage, []).append(node)
@@ -113,15 +119,9 @@ class _Flow:
 
     def is_projected(self, result: fx.Node, source: fx.Node) -> bool:
         """Whether nothing but projections, norms and rotations leads from one to the other."""
-        met = list(self._walk(result, lambda each: each is source))
-        reaching = {source}
-        is_growing = True
-        while is_growing:
-            found = {n for n in met if n not in reaching and reaching & set(self._inputs(n))}
-            reaching |= found
-            is_growing = bool(found)
-        between = reaching - {source}
-        return result in reaching and all(self._keeps_channels(n, reaching) for n in between)
+        leading = between(source, result, self._inputs)
+        reaching = {source, *leading}
+        return result in reaching and all(self._keeps_channels(n, reaching) for n in leading)
 
     def _keeps_channels(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
         """Whether an operation is a projection, or no projection in disguise."""
@@ -131,16 +131,9 @@ class _Flow:
         is_plain = name in _PROJECTIONS or not any(map(_is_matrix, weights))
         return name in _BETWEEN and is_plain
 
-    def _walk(self, start: fx.Node, is_end: Any) -> Iterator[fx.Node]:
+    def _walk(self, start: fx.Node, is_end: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
         """Yield a node and all it is computed from, not going behind those where it ends."""
-        seen: set[fx.Node] = set()
-        rest = [start]
-        while rest:
-            node = rest.pop()
-            if node not in seen:
-                seen.add(node)
-                yield node
-                rest += [] if is_end(node) else self._inputs(node)
+        return walk(start, self._inputs, is_end)
 
 
 def _projected(node: fx.Node) -> fx.Node | None:

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import run
 
 
 def lower_einops(owner: fx.GraphModule) -> list[fx.GraphModule]:
@@ -49,10 +50,7 @@ def lower_to_aten(node: fx.Node) -> None:
 
     def call(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return run(node, *fx.node.map_arg((node.args, node.kwargs), given.__getitem__))
 
     with example_value(node).fake_mode:
         traced = make_fx(call, pre_dispatch=True)(*map(example_value, inputs))

@@ -7,6 +7,7 @@ that was described by what is written over. Knowledge is only ever lost, never i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -188,19 +189,27 @@ class MaskAnalysis:
         memory = reached_by_writes(own, self._shared)
         if not memory:
             return set()
-        owned = [n for n in self.owner.graph.nodes if n.op in ("placeholder", "get_attr")]
-        if self._outer is not None and any(storage_of(n) & memory for n in owned):
+        views = {view for storage in memory for view in self._by_storage.get(storage, ())}
+        if self._outer is not None and any(n.op in ("placeholder", "get_attr") for n in views):
             self._lose()  # what the outer graph holds has changed too
             return set()
         leaves = {atom.leaf for value in self._values.values() if value for atom in value.atoms}
         gone = {leaf for leaf in leaves if storage_of(leaf.node) & memory}
         for other, value in list(self._values.items()):
-            if storage_of(other) & memory:
+            if other in views:
                 self._values[other] = self.fresh(other)
             elif value is not None and any(atom.leaf in gone for atom in value.atoms):
                 self._values[other] = self.fresh(other, _possible(value))
         self._tuples.clear()
         return gone
+
+    @functools.cached_property
+    def _by_storage(self) -> dict[int, list[fx.Node]]:
+        nodes: dict[int, list[fx.Node]] = {}
+        for node in self.owner.graph.nodes:
+            for storage in storage_of(node):
+                nodes.setdefault(storage, []).append(node)
+        return nodes
 
     def _lose(self) -> None:
         self.is_lost = True

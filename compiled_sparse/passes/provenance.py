@@ -7,6 +7,7 @@ it: every attention call after it is unknown.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -120,6 +121,11 @@ class Provenance:
             if any(self.is_from_video(argument) for argument in node.all_input_nodes):
                 self._from_video.add(node)
             self._note_picks(node)
+
+    @functools.cached_property
+    def writers(self) -> list[fx.Node]:
+        """The graph's operations that may write into their inputs; add those inserted later."""
+        return [node for node in self.owner.graph.nodes if writes(node, self.owner)]
 
     def of(self, node: Any) -> Tracks:
         """Return the tracks of a tensor node; unknown ones are new streams."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from compiled_sparse.config import Auto
@@ -22,6 +21,7 @@ from compiled_sparse.passes.checks import Checks
 from compiled_sparse.passes.decisions import dense_decision
 from compiled_sparse.passes.decisions import other_decision
 from compiled_sparse.passes.decisions import sparse_decision
+from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
@@ -362,17 +362,11 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
     """Give the new nodes what the inner compilers and their caches read."""
     query = site.tensor("query")
     assert isinstance(query, FakeTensor)
-    arguments = fx.node.map_arg(op.args, example_value)
-    # A checkpoint around the compiled region counts what is saved for backward: not this.
-    with query.fake_mode, saved_tensors_hooks(_unchanged, _unchanged):
-        outputs = op.target(*arguments)  # type: ignore[operator]
+    with query.fake_mode:
+        outputs = compute(op)
         # Under autocast the call itself casts; Dynamo recorded the dtype it will have.
         first = outputs[0].to(example_value(site.node).dtype)
     op.meta["example_value"] = (first, outputs[1])
     out.meta["example_value"] = first
     for node in (op, out):
         node.meta.update({k: site.node.meta[k] for k in _COPIED_META if k in site.node.meta})
-
-
-def _unchanged(saved: Any) -> Any:
-    return saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.gates import find_hidden_state
 from compiled_sparse.passes.gates import insert_gate
+from compiled_sparse.passes.hidden import HiddenState
 from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.markers import Marker
 from compiled_sparse.passes.markers import Projection
@@ -92,8 +94,12 @@ class RuntimeArguments:
             return Refused("gate_missing", f"gate {name!r}, the module has {self._gate.name!r}")
         if not config.takes_gate:
             return Refused("gate_unused", f"gate {self._gate.name!r}")
-        found = find_hidden_state(self._site, self._layout, self._gate)
-        return found if isinstance(found, Refused) else None
+        return self._hidden if isinstance(self._hidden, Refused) else None
+
+    @functools.cached_property
+    def _hidden(self) -> HiddenState | Refused:
+        assert self._gate is not None
+        return find_hidden_state(self._site, self._layout, self._gate)
 
     def _used_projection(self, config: MechanismConfig) -> Projection | None:
         return None if config.projection_name is None else self._projection
@@ -160,9 +166,8 @@ class RuntimeArguments:
     def _gate_node(self, text: tuple[Any, Any]) -> fx.Node | None:
         if self._gate is None:
             return None
-        hidden = find_hidden_state(self._site, self._layout, self._gate)
-        assert not isinstance(hidden, Refused)
-        return insert_gate(self._site, hidden, self._gate, text)
+        assert not isinstance(self._hidden, Refused)
+        return insert_gate(self._site, self._hidden, self._gate, text)
 
     def _projection_node(self, name: str, config: MechanismConfig) -> fx.Node | None:
         projection = self._used_projection(config)
