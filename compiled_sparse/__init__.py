@@ -12,6 +12,8 @@ from compiled_sparse import ops
 from compiled_sparse import reference
 from compiled_sparse.attach import attach
 from compiled_sparse.attach import sparse
+from compiled_sparse.block_map import get_block_map
+from compiled_sparse.block_map import mean_pool
 from compiled_sparse.compatible import compatible
 from compiled_sparse.config import STA
 from compiled_sparse.config import SWBA
@@ -52,6 +54,8 @@ __all__ = [
     "explain",
     "force",
     "forced",
+    "get_block_map",
+    "mean_pool",
     "metadata",
     "ops",
     "quality",

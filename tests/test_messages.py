@@ -42,8 +42,10 @@ from compiled_sparse.policy import as_policy
 from compiled_sparse.sparsity import num_selected
 
 MODULES = (
+    "block_map",
     "checkpoints",
     "config",
+    "config_sla",
     "config_vsa",
     "environment",
     "export",

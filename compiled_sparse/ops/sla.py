@@ -95,7 +95,7 @@ def _block_lists(
         each.check(q, k, v, key_mask)
     check_given_sparsity(given_sparsity)
     share = topk_ratio if given_sparsity is None else _ratio_at(given_sparsity)
-    scores = _scores(q.detach(), k.detach(), key_mask, *tiles)
+    scores = block_scores(q.detach(), k.detach(), key_mask, *tiles)
     return with_text(best_tiles(scores, share, truncated_top_k, _truncated_top_k), *tiles)
 
 
@@ -109,7 +109,7 @@ def _truncated_top_k(num_tiles: Any, ratio: Tensor) -> Tensor:
     return count.floor()
 
 
-def _scores(
+def block_scores(
     q: Tensor, k: Tensor, key_mask: Tensor | None, queries: VideoTiles, keys: VideoTiles
 ) -> Tensor:
     """Products of mean queries and mean keys [batch, query heads, query tiles, key tiles].
