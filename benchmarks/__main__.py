@@ -1,6 +1,6 @@
 """Run benchmark suites and record the results.
 
-python -m benchmarks [kernel sta swba vsa model masks overhead] [--rounds 7] [--output FILE]
+python -m benchmarks [kernel sta swba vsa sla model masks overhead] [--rounds 7] [--output FILE]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from benchmarks import kernel
 from benchmarks import masks
 from benchmarks import model
 from benchmarks import overhead
+from benchmarks import sla
 from benchmarks import sta
 from benchmarks import swba
 from benchmarks import vsa
@@ -26,6 +27,7 @@ SUITES = {
     "sta": sta.run,
     "swba": swba.run,
     "vsa": vsa.run,
+    "sla": sla.run,
     "model": model.run,
     "masks": masks.run,
     "overhead": overhead.run,

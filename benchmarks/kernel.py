@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.timing import interleaved_medians
+from benchmarks.timing import ratios
 from compiled_sparse.ops import block_sparse_attention
 
 BATCH, HEADS, TOKENS, BLOCK, SELECTED = 1, 4, 4096, 64, 6
@@ -94,13 +95,10 @@ def backward(head_dim: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 def _record(
     direction: str, head_dim: int, dtype: torch.dtype, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    speed_up = {name: seconds["dense"] / value for name, value in seconds.items()}
     return {
         "case": f"{direction} D{head_dim} {str(dtype).removeprefix('torch.')}",
         "limit": LIMIT,
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "speed_up_over_dense": speed_up,
-        "fraction_of_limit": {name: value / LIMIT for name, value in speed_up.items()},
+        **ratios(seconds, 1 / LIMIT),
     }
 
 

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
 from benchmarks.timing import interleaved_medians
+from benchmarks.timing import ratios
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.pattern import sta_density
@@ -63,8 +64,8 @@ def measure(
         "case": name,
         "density": density,
         "limit": 1 / density,
-        "forward": _ratios(seconds, density),
-        "backward": _ratios(seconds_backward, density),
+        "forward": ratios(seconds, density),
+        "backward": ratios(seconds_backward, density),
     }
 
 
@@ -82,15 +83,6 @@ def _backward(
         },
         rounds,
     )
-
-
-def _ratios(seconds: dict[str, float], density: float) -> dict[str, Any]:
-    speed_up = {name: seconds["dense"] / value for name, value in seconds.items()}
-    return {
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "speed_up_over_dense": speed_up,
-        "fraction_of_limit": {name: value * density for name, value in speed_up.items()},
-    }
 
 
 def run(rounds: int) -> list[dict[str, Any]]:

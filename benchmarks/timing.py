@@ -53,6 +53,21 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def ratios(seconds: Mapping[str, float], density: float) -> dict[str, Any]:
+    """Return times of functions, "dense" among them, as ratios.
+
+    Args:
+        seconds: By name.
+        density: Share of the dense work that has to be done, whose inverse is the limit.
+    """
+    speed_up = {name: seconds["dense"] / value for name, value in seconds.items()}
+    return {
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "speed_up_over_dense": speed_up,
+        "fraction_of_limit": {name: value * density for name, value in speed_up.items()},
+    }
+
+
 def environment() -> dict[str, Any]:
     """Return the machine and the versions a result was measured with."""
     return {

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
 from benchmarks.timing import interleaved_medians
+from benchmarks.timing import ratios
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import tiles_along
 from compiled_sparse.ops import block_sparse_attention
@@ -138,14 +139,9 @@ def _backward(
 
 
 def _ratios(seconds: dict[str, float], density: float) -> dict[str, Any]:
-    speed_up = {name: seconds["dense"] / value for name, value in seconds.items()}
     whole = {name: seconds[name] for name in ("eager", "compiled")}
-    return {
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "speed_up_over_dense": speed_up,
-        "fraction_of_limit": {name: value * density for name, value in speed_up.items()},
-        "share_outside_kernel": {n: 1 - seconds["kernel_op"] / each for n, each in whole.items()},
-    }
+    outside = {name: 1 - seconds["kernel_op"] / each for name, each in whole.items()}
+    return {**ratios(seconds, density), "share_outside_kernel": outside}
 
 
 def run(rounds: int) -> list[dict[str, Any]]:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from collections.abc import Mapping
 from dataclasses import MISSING
 from dataclasses import dataclass
-from dataclasses import field
 from dataclasses import fields
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -158,7 +156,6 @@ class Mechanism:
         reference: The definition, where it is more than a mask: called as
             `compiled_sparse.reference.attention` is, returns the output and the log-sum-exp.
         automatic: What `Auto` chooses on a layout; None for a mechanism `Auto` never takes.
-        parameters: Learned parameters per attention module, by name, with their shapes' axes.
 
     Raises:
         ConfigError: if there is no name, or not exactly one of `token_mask` and `reference`, or a
@@ -172,7 +169,6 @@ class Mechanism:
     token_mask: TokenMask | None = None
     reference: Callable[..., tuple[Tensor, Tensor]] | None = None
     automatic: Callable[[Auto, BlockLayout], MechanismConfig] | None = None
-    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name or (self.token_mask is None) == (self.reference is None):

@@ -55,7 +55,6 @@ def block_selector_mechanism(
     reference: Callable[..., tuple[Tensor, Tensor]] | None = None,
     capabilities: Capabilities = KERNEL_CAPABILITIES,
     runtime_inputs: tuple[str, ...] = (),
-    parameters: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Mechanism:
     """Make a mechanism of a block selector; give it to `register`, or to an entry point.
 
@@ -75,7 +74,6 @@ def block_selector_mechanism(
         reference: The definition; by default dense attention over the selected blocks.
         capabilities: What the tensors of a call may be.
         runtime_inputs: Names among `registry.RUNTIME_INPUTS` of the tensors in `runtime`.
-        parameters: Learned parameters per attention module.
 
     Returns:
         The mechanism, not registered yet.
@@ -109,7 +107,6 @@ def block_selector_mechanism(
         evaluate=_evaluate(density),
         lower=_lower(name, runtime_inputs),
         reference=reference or _reference(before, select_blocks, after),
-        parameters=parameters or {},
     )
 
 
