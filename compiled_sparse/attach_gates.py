@@ -35,7 +35,9 @@ def traced_gate(module: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> lis
         return []
     gate = getattr(module, name)
     source = _as_taken(gate, fitting[0])
-    return [gate(source), source, *fitting]
+    # A gate that is no linear layer may write into what it is given.
+    given = source if features(gate) is not None else source.clone()
+    return [gate(given), source, *fitting]
 
 
 def _as_taken(gate: nn.Module, given: Tensor) -> Tensor:

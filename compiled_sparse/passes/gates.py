@@ -34,7 +34,9 @@ from compiled_sparse.passes.tracks import track_size
 from compiled_sparse.passes.writes import writes
 from compiled_sparse.registry import Refused
 
-_TOKEN_WISE = frozenset({"linear", "matmul", "add", "mul", "dropout", "to", "type_as", "float"})
+_TOKEN_WISE = frozenset(
+    {"linear", "matmul", "add", "mul", "dropout", "clone", "to", "type_as", "float"}
+)
 """Operations that may be repeated on another number of tokens."""
 
 

@@ -467,3 +467,16 @@ def test_gates_work_with_dynamic_lengths_of_text() -> None:
         with gated(model, handle, cs.Text(after=length)):
             expected = model(*inputs)
         assert_close(actual, expected)
+
+
+def test_a_gate_that_works_in_place_leaves_the_hidden_state_alone() -> None:
+    attn, first = Attention(), nn.ReLU(inplace=True)
+    setattr(attn, GATE, nn.Sequential(first, nn.Linear(16, 16)))
+    model = Model(attn)
+    handle = cs.attach(model, CONFIG, modules="attn")
+    x = tokens()
+    backend, actual = record(model, x.clone(), policy="dense", grid_thw=GRID)
+    assert backend.outcomes == ["sparse"]
+    first.inplace = False
+    with gated(model, handle, NO_TEXT):
+        assert_close(actual, model.attn(x))
