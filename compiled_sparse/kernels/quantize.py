@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from compiled_sparse.kernels.addressing import block_tokens
+from compiled_sparse.kernels.tiles import INTERPRETED
 from compiled_sparse.kernels.tiles import LOG2_E
 from compiled_sparse.kernels.tiles import head_base
 from compiled_sparse.kernels.tiles import load_rows
@@ -31,6 +32,16 @@ def _round_away(x):
     """Round to the nearest integer, halves away from zero; NaN gives 0."""
     x = tl.where(x == x, x, 0.0)
     return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int32)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Round float32 to the nearest number of a smaller dtype."""
+    if INTERPRETED and dtype == tl.float8e4nv:  # the interpreter's own cast cuts digits off
+        exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+        unit = tl.maximum(exponent, 0x3C800000).to(tl.float32, bitcast=True)  # 2^-6: denormal below
+        x = (x + unit * 1572864.0) - unit * 1572864.0  # 1.5 * 2^20: three binary digits are left
+    return x.to(dtype)
 
 
 @triton.jit
@@ -201,6 +212,6 @@ def round_values(
     rows = load_rows(base, token, valid, strides[2], HEAD_DIM, HEAD_DIM, WIDE).to(tl.float32)
     multipliers = multiplier + (batch * heads + head).to(tl.int64) * HEAD_DIM + column
     rows = rows * tl.load(multipliers)[None, :]
-    columns = tl.trans(rows.to(rounded.dtype.element_ty))
+    columns = tl.trans(round_to(rows, rounded.dtype.element_ty))
     place = rounded + program.to(tl.int64) * (ROWS * HEAD_DIM)
     tl.store(place + column[:, None] * ROWS + tl.arange(0, ROWS)[None, :], columns)

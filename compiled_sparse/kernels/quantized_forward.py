@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from compiled_sparse.kernels.addressing import block_tokens
+from compiled_sparse.kernels.quantize import round_to
 from compiled_sparse.kernels.tiles import LN_2
 from compiled_sparse.kernels.tiles import UNSPECIALIZED
 from compiled_sparse.kernels.tiles import head_base
@@ -34,7 +35,7 @@ def _attend(q_codes, k_codes, v_columns, valid, state, factor, FULL: tl.constexp
     weights = tl.exp2(scores * factor - shift[:, None])
     shrink = tl.exp2(top - shift)
     total = total * shrink + tl.sum(weights, 1)
-    rounded = (weights * PEAK).to(v_columns.dtype)
+    rounded = round_to(weights * PEAK, v_columns.dtype)
     # Added outside of the product: inside, chips before sm_100 sum float8 in fewer bits.
     product = tl.dot(rounded, tl.trans(v_columns), out_dtype=tl.float32)
     return new_top, total, values * shrink[:, None] + product
