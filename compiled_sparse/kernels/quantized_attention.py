@@ -30,10 +30,14 @@ CHIPS_WITHOUT_FLOAT8 = ("sm_80", "gfx942")
 
 _PEAKS = {torch.float8_e4m3fn: 448.0, torch.float16: 1.0}
 _MOST_ROWS = 128
+_MOST_KEYS_BESIDE_IT = 64
+"""More spill registers on sm_80 and pass the shared memory of gfx942."""
+
 _FEWEST_ROWS = 32
 """As many keys as a product of eight-bit operands sums at least."""
 
 _STAGES = 3
+_CHIPS_WITH_WIDE_INSTRUCTIONS = ("sm_90", "sm_100")
 
 
 class Heads(NamedTuple):
@@ -77,8 +81,9 @@ def quantized_forward(call: Call, heads: Heads, out: Tensor, lse: Tensor) -> Non
         lse: float32 [batch, query heads, query length], contiguous.
     """
     geometry = call.geometry
-    queries = _stored(geometry.q_grid, geometry.q_tile, geometry.q_blocks)
-    keys = _stored(geometry.k_grid, geometry.k_tile, geometry.k_blocks)
+    queries = _stored(geometry.q_grid, geometry.q_tile, geometry.q_blocks, _MOST_ROWS)
+    most_keys = _MOST_KEYS_BESIDE_IT if queries.rows == _MOST_ROWS else _MOST_ROWS
+    keys = _stored(geometry.k_grid, geometry.k_tile, geometry.k_blocks, most_keys)
     q_codes, q_scales = _quantize_queries(call, heads.mean, queries, lse)
     k_codes, k_scales = _quantize_keys(call, heads.mean, keys)
     rounded = _round_values(call, heads, keys)
@@ -112,13 +117,21 @@ def quantized_forward(call: Call, heads: Heads, out: Tensor, lse: Tensor) -> Non
         batch * q_heads * queries.number * queries.chunks,
         arguments,
         constants,
-        warps=8 if queries.rows * keys.rows > 64 * 64 else 4,
+        warps=_warps(queries, keys),
         stages=_STAGES,
     )
 
 
-def _stored(grid: Sides, tile: Sides, number: int) -> _Blocks:
-    rows = max(tuning.chunk_rows(math.prod(tile), _MOST_ROWS), _FEWEST_ROWS)
+def _warps(queries: _Blocks, keys: _Blocks) -> int:
+    """Four where nothing spills: two programs then share a multiprocessor."""
+    if queries.rows == _MOST_ROWS:
+        return 8
+    wide = tuning.current_chip() in _CHIPS_WITH_WIDE_INSTRUCTIONS
+    return 4 if wide or keys.rows < _MOST_ROWS else 8
+
+
+def _stored(grid: Sides, tile: Sides, number: int, most: int) -> _Blocks:
+    rows = max(tuning.chunk_rows(math.prod(tile), most), _FEWEST_ROWS)
     return _Blocks(grid, tile, number, rows, -(-math.prod(tile) // rows))
 
 
