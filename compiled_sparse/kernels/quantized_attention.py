@@ -37,7 +37,7 @@ _FEWEST_ROWS = 32
 """As many keys as a product of eight-bit operands sums at least."""
 
 _STAGES = 3
-_CHIPS_WITH_WIDE_INSTRUCTIONS = ("sm_90", "sm_100")
+_CHIPS_WITH_ROOM = ("sm_90", "sm_100", "gfx942")
 
 
 class Heads(NamedTuple):
@@ -126,8 +126,8 @@ def _warps(queries: _Blocks, keys: _Blocks) -> int:
     """Four where nothing spills: two programs then share a multiprocessor."""
     if queries.rows == _MOST_ROWS:
         return 8
-    wide = tuning.current_chip() in _CHIPS_WITH_WIDE_INSTRUCTIONS
-    return 4 if wide or keys.rows < _MOST_ROWS else 8
+    has_room = tuning.current_chip() in _CHIPS_WITH_ROOM
+    return 4 if has_room or keys.rows < _MOST_ROWS else 8
 
 
 def _stored(grid: Sides, tile: Sides, number: int, most: int) -> _Blocks:
