@@ -51,7 +51,7 @@ def quantized_forward(
     from compiled_sparse.kernels.launch import on_device_of
 
     with on_device_of(q):
-        values = _resolve(values, quantized_attention.has_float8())
+        values = resolve(values, quantized_attention.has_float8())
         if not q.numel():
             return
         mean = key_mean(k, key_mask)
@@ -64,8 +64,12 @@ def quantized_forward(
         quantized_attention.quantized_forward(call, heads, *outputs)
 
 
-def _resolve(values: str, has_float8: bool) -> str:
-    """Return what values are held in on a chip with or without products of float8."""
+def resolve(values: str, has_float8: bool) -> str:
+    """Return what values are held in on a chip with or without products of float8.
+
+    Raises:
+        DeviceError: if float8 is demanded of a chip without.
+    """
     if values == FLOAT8 and not has_float8:
         raise DeviceError(
             "this GPU has no matrix instructions for float8_e4m3fn",
