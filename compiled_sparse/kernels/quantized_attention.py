@@ -37,6 +37,7 @@ _FEWEST_ROWS = 32
 """As many keys as a product of eight-bit operands sums at least."""
 
 _STAGES = 3
+_QUANTIZER_WARPS = 8
 _CHIPS_WITH_ROOM = ("sm_90", "sm_100", "gfx942")
 
 
@@ -153,7 +154,7 @@ def _quantize_queries(
         *(*sizes, *blocks.grid, before, behind),
     )
     programs = q.shape[0] * q.shape[1] * blocks.number
-    launch.run(quantize_queries, programs, arguments, _constants(call, q, blocks))
+    launch.run(quantize_queries, programs, arguments, _constants(call, q, blocks), warps=_QUANTIZER_WARPS)
     return codes, scales
 
 
