@@ -86,10 +86,11 @@ class SLA(MechanismConfig):
                 expected="one of " + ", ".join(map(repr, FEATURE_MAPS)),
                 next_step='pass feature_map="softmax", as published checkpoints are trained',
             )
-        if self.proj is not None and not (isinstance(self.proj, str) and self.proj.isidentifier()):
+        proj: Any = self.proj
+        if proj is not None and not (isinstance(proj, str) and proj.isidentifier()):
             raise ConfigError(
                 f"{name}.proj is no name of a module",
-                got=repr(self.proj),
+                got=repr(proj),
                 expected="None, or the name of a learned projection",
                 next_step='pass proj="proj_l"; tensors go to cs.attention(proj=(weight, bias))',
             )

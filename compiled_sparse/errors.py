@@ -98,6 +98,10 @@ class DoubleBackwardError(CompiledSparseError, RuntimeError):
     """A second derivative of a kernel op was asked for."""
 
 
+class ForwardOnlyError(CompiledSparseError, RuntimeError):
+    """Gradients were asked for of an op that has none."""
+
+
 class MissingExtraError(CompiledSparseError, ImportError):
     """An optional dependency is not installed."""
 

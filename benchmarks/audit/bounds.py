@@ -26,6 +26,17 @@ MATRIX_KERNELS = (
 MATRIX_KIND = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 """The instruction that reaches the chip's rate; HMMA on the others."""
 
+QUANTIZED_KERNEL = "attention_forward_quantized"
+QUANTIZED_KINDS = {
+    "sm_80": ("IMMA", "HMMA"),
+    "sm_89": ("IMMA", "QMMA"),
+    "sm_90": ("IGMMA", "QGMMA"),
+    "sm_100": ("IMMA", "UTCQMMA"),
+    "sm_120": ("IMMA", "QMMA"),
+    "gfx942": ("MFMA",),
+}
+"""Of the products of int8, and of those of float8 (float16 where the chip has none)."""
+
 
 def violations(
     kernel: str, chip: str, used: Usage, *, warps: int, matrix: bool, wide_rows: bool
@@ -46,12 +57,14 @@ def violations(
         yield f"{used.shared} bytes of shared memory, {SHARED_BYTES[chip]} exist"
     if chip.startswith("sm_") and used.registers * warps * 32 > REGISTERS:
         yield f"{used.registers} registers for {warps} warps, {REGISTERS} exist"
-    if kernel not in MATRIX_KERNELS or not matrix:
+    if kernel not in (*MATRIX_KERNELS, QUANTIZED_KERNEL) or not matrix:
         return
-    kind = MATRIX_KIND.get(chip, "HMMA")
-    wanted = kind if wide_rows or chip.startswith("gfx") else "MMA"
-    if wanted not in used.matrix_kind:
-        yield f"no {wanted} instruction"
+    kinds: tuple[str, ...] = (MATRIX_KIND.get(chip, "HMMA"),)
+    if kernel == QUANTIZED_KERNEL:
+        kinds = QUANTIZED_KINDS[chip]
+    for wanted in kinds if wide_rows or chip.startswith("gfx") else ("MMA",):
+        if wanted not in used.matrix_kind:
+            yield f"no {wanted} instruction"
     if kernel == "attention_forward_boxes" and not used.bulk_loads:
         yield "no load by the bulk copy engine"
     if chip.startswith("sm_") and not used.async_copies + used.bulk_loads:

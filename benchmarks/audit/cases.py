@@ -14,6 +14,7 @@ from compiled_sparse.kernels import top_k
 from compiled_sparse.kernels.attention import Sides
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops import gpu
+from compiled_sparse.ops import gpu_quantized
 
 TILES: tuple[Sides, ...] = ((4, 4, 4), (2, 8, 8), (6, 8, 8), (3, 5, 4))
 BOX_TILES: tuple[Sides, ...] = ((4, 4, 4), (2, 8, 8), (4, 8, 8))
@@ -33,6 +34,17 @@ class Case:
     groups: int = 1
     precision: str = "ieee"
     boxes: bool = False
+    kv_tile: Sides | None = None
+    quantized: bool = False
+
+    @property
+    def layouts(self) -> tuple[BlockLayout, BlockLayout]:
+        """Layouts of queries and keys."""
+        text = (0, self.text)
+        return (
+            BlockLayout(self.grid, self.tile, *text),
+            BlockLayout(self.grid, self.kv_tile or self.tile, *text),
+        )
 
 
 def quick_cases() -> list[Case]:
@@ -41,6 +53,7 @@ def quick_cases() -> list[Case]:
         Case("tile 4x4x4"),
         Case("tile 2x8x8", tile=(2, 8, 8)),
         Case("boxes 4x4x4", boxes=True),
+        *_published_quantized(),
     ]
 
 
@@ -62,7 +75,14 @@ def all_cases() -> list[Case]:
         for precision in ("ieee", "tf32")
         for size in (128, 256)
     ]
-    return [*(_sized(*size) for size in sizes), *features, *float32, *_box_cases()]
+    return [
+        *(_sized(*size) for size in sizes),
+        *features,
+        *float32,
+        *_box_cases(),
+        *_published_quantized(),
+        *_quantized_cases(),
+    ]
 
 
 def _sized(head_dim: int, tile: Sides) -> Case:
@@ -78,6 +98,25 @@ def _box_cases() -> list[Case]:
         Case(f"boxes {_times(tile)}", tile=tile, head_dim=head_dim, boxes=True)
         for head_dim, tile in sizes
     ] + texts
+
+
+def _published_quantized() -> list[Case]:
+    runs = Case("quantised 128 by 64", grid=(1, 1, 2048), quantized=True)
+    one, other = (1, 1, 128), (1, 1, 64)
+    return [
+        replace(runs, tile=one, kv_tile=other),
+        replace(runs, name="quantised 64 by 128", tile=other, kv_tile=one),
+    ]
+
+
+def _quantized_cases() -> Iterator[Case]:
+    for case in _published_quantized():
+        yield replace(case, head_dim=64)
+        yield replace(case, name=f"{case.name}, text, key mask", text=77, masked=True, groups=2)
+        yield replace(case, name=f"{case.name}, float32", dtype=torch.float32, head_dim=64, text=77)
+    for tile in (*TILES, (2, 2, 4)):
+        yield Case(f"quantised {_times(tile)}", tile=tile, quantized=True)
+        yield Case(f"quantised {_times(tile)}, text", tile=tile, quantized=True, text=77)
 
 
 def _times(sides: Sides) -> str:
@@ -99,20 +138,24 @@ def launch_helpers(case: Case) -> None:
 
 def launches(case: Case) -> Iterator[Callable[[], None]]:
     """Yield functions that launch the forward and the backward of a case."""
-    layout = BlockLayout(case.grid, case.tile, text_after=case.text)
+    layouts = case.layouts
+    length = layouts[0].num_tokens
     heads = 2 * case.groups
 
     def tensor(heads: int) -> torch.Tensor:
-        shape = (1, layout.num_tokens, heads, case.head_dim)
+        shape = (1, length, heads, case.head_dim)
         return torch.zeros(shape, dtype=case.dtype).transpose(1, 2)
 
     q, k, v, out = tensor(heads), tensor(2), tensor(2), tensor(heads)
     lse = torch.zeros(out.shape[:-1], dtype=torch.promote_types(case.dtype, torch.float32))
-    indices = torch.zeros(1, heads, layout.num_blocks, 4, dtype=torch.int32)
+    indices = torch.zeros(1, heads, layouts[0].num_blocks, 4, dtype=torch.int32)
     counts = torch.full(indices.shape[:-1], 4, dtype=torch.int32)
-    mask = torch.ones(1, layout.num_tokens, dtype=torch.bool) if case.masked else None
-    lists = (indices, counts, mask, layout, layout, 0.1)
+    mask = torch.ones(1, length, dtype=torch.bool) if case.masked else None
+    lists = (indices, counts, mask, *layouts, 0.1)
 
+    if case.quantized:
+        yield lambda: gpu_quantized.quantized_forward(q, k, v, *lists, "auto", (out, lse))
+        return
     yield lambda: gpu.block_sparse_forward(q, k, v, *lists, (out, lse))
     yield lambda: gpu.block_sparse_backward(
         out, None, q, k, v, out, lse, *lists, (q.clone(), k.clone(), v.clone())

@@ -14,7 +14,11 @@ from typing import Any
 import triton
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "DMMA")
+_MATRIX = (
+    *("HGMMA", "IGMMA", "QGMMA"),
+    *("HMMA", "IMMA", "QMMA", "DMMA"),
+    *("UTCHMMA", "UTCIMMA", "UTCQMMA"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import compiled_sparse as cs
+from benchmarks.gpu import quantized
 from benchmarks.gpu.reference import GRADIENTS
 from benchmarks.gpu.reference import Problem
 from benchmarks.gpu.reference import check_errors
@@ -49,7 +50,10 @@ def cases(settings: Settings) -> dict[str, CaseFunction]:
     for dtype in (LOW, FULL):
         name = f"tile_mean and top_k_blocks {str(dtype).removeprefix('torch.')}"
         functions[name] = functools.partial(_selection, grid, dtype, device)
-    return functions
+    functions["opcheck quantized_block_sparse_attention"] = functools.partial(
+        _opcheck_quantized, grid, device
+    )
+    return functions | quantized.cases(settings)
 
 
 def _selection(grid: Grid, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -100,6 +104,13 @@ def _opcheck(name: str, grid: Grid, masked: bool, device: torch.device) -> dict[
         arguments = (q, k, v, mask, grid, TILE, WINDOW, before, after, scale)
     operator = getattr(torch.ops.compiled_sparse, name).default
     return {"opcheck": torch.library.opcheck(operator, arguments)}
+
+
+def _opcheck_quantized(grid: Grid, device: torch.device) -> dict[str, Any]:
+    _, _, _, *rest = _arguments(grid, True, device)
+    tensors = _inputs(grid, device, LOW, 64)
+    operator = torch.ops.compiled_sparse.quantized_block_sparse_attention.default
+    return {"opcheck": torch.library.opcheck(operator, (*tensors, *rest, "auto"))}
 
 
 def _opcheck_backward(grid: Grid, device: torch.device) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from benchmarks.timing import wall_clock
 from compiled_sparse import ops
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops.plan import sta_lists
+from compiled_sparse.ops.quantized import HEAD_DIMS
 
 Timed = dict[str, Callable[[], Any]]
 
@@ -47,6 +48,10 @@ SECONDS_PER_CASE = 3.0
 ROUNDS = (3, 20)
 SPARSE, DENSE, FLEX = "compiled_sparse", "dense", "flex_attention"
 BOXES = "compiled_sparse, boxes"
+QUANTIZED = "compiled_sparse, quantised"
+QUANTIZED_TOLERANCE = 0.1
+"""Relative distance of quantised attention from unquantised, on normally distributed inputs."""
+
 _PEER_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)
 
 _dense_of: dict[tuple[Shape, str], Dense | str] = {}
@@ -88,6 +93,10 @@ def measure(case: SpeedCase, device: str) -> dict[str, Any]:
         with variant("boxes", torch.device(device)):
             check_rows(case, inputs, indices, counts)
         functions[BOXES] = _in_variant("boxes", device, functions[SPARSE])
+    if case.direction == "forward" and case.shape.head_dim in HEAD_DIMS:
+        in_eight_bits = functools.partial(_attend_quantized, case.layout, indices, counts)
+        _check_quantized(in_eight_bits(*inputs), attend(*inputs))
+        functions[QUANTIZED] = _timed(case, in_eight_bits, inputs)
     notes: dict[str, Any] = {}
     dense = _dense(case, inputs, clock)
     if isinstance(dense, Dense):
@@ -165,6 +174,29 @@ def _attend_with_lse(
         text_before=layout.text_before,
         text_after=layout.text_after,
     )
+
+
+def _attend_quantized(
+    layout: BlockLayout, indices: Tensor, counts: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    return ops.quantized_block_sparse_attention(
+        q,
+        k,
+        v,
+        indices,
+        counts,
+        grid=layout.grid,
+        q_tile=layout.tile,
+        kv_tile=layout.tile,
+        text_before=layout.text_before,
+        text_after=layout.text_after,
+    )[0]
+
+
+def _check_quantized(out: Tensor, unquantized: Tensor) -> None:
+    norm = torch.linalg.vector_norm
+    off = norm(out - unquantized, dtype=torch.float32) / norm(unquantized, dtype=torch.float32)
+    assert float(off) <= QUANTIZED_TOLERANCE, f"quantised: relative distance {float(off):.2f}"
 
 
 def check_rows(

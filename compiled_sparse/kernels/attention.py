@@ -130,8 +130,8 @@ def forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     arguments = (
         *(call.q, call.k, call.v, out, lse, call.indices, call.counts, order, call.key_mask),
         *map(_strides, (call.q, call.k, call.v, out)),
-        *_list_strides(call.indices),
-        *_list_strides(order),
+        *list_strides(call.indices),
+        *list_strides(order),
         *_integers(call, call.geometry.q_blocks, heads),
     )
     launch.run(
@@ -164,8 +164,8 @@ def forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
         arguments = (
             *(call.q, call.k, call.v, out, lse, call.indices, call.counts, own_order, *boxes),
             *map(_strides, (call.q, call.k, call.v, out)),
-            *_list_strides(call.indices),
-            *_list_strides(order),
+            *list_strides(call.indices),
+            *list_strides(order),
             *(entry, text_blocks, text_before, geometry.k_blocks - text_blocks),
             *_integers(call, geometry.q_blocks, heads),
         )
@@ -213,8 +213,8 @@ def query_gradient(
         *(call.q, call.k, call.v, grad_out, lse, delta, grad_q),
         *(call.indices, call.counts, order, call.key_mask),
         *map(_strides, (call.q, call.k, call.v, grad_out, grad_q)),
-        *_list_strides(call.indices),
-        *_list_strides(order),
+        *list_strides(call.indices),
+        *list_strides(order),
         *_integers(call, call.geometry.q_blocks, heads),
     )
     launch.run(
@@ -246,9 +246,9 @@ def key_gradients(
         *(call.q, call.k, call.v, grad_out, lse, delta, grad_k, grad_v),
         *(entries, starts, order, call.key_mask),
         *map(_strides, (call.q, call.k, call.v, grad_out, grad_k, grad_v)),
-        *_list_strides(entries),
-        *_list_strides(starts),
-        *_list_strides(order),
+        *list_strides(entries),
+        *list_strides(starts),
+        *list_strides(order),
         *_integers(call, call.geometry.k_blocks, heads),
     )
     launch.run(
@@ -277,7 +277,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()[:-1]
 
 
-def _list_strides(lists: Tensor) -> tuple[int, ...]:
+def list_strides(lists: Tensor) -> tuple[int, ...]:
     """Like `_strides`, and 0 along batch entries or heads where one list holds for all."""
     strides = lists.stride()[:-1]
     shared = tuple(0 if lists.shape[axis] == 1 else strides[axis] for axis in (0, 1))
@@ -317,13 +317,13 @@ def _constants(call: Call, tile: Tile, *others: Tensor, rows: int, columns: int)
         "Q_CHUNKS": _chunks(geometry.q_tile, rows),
         "K_CHUNKS": _chunks(geometry.k_tile, columns),
         "JOINED": tile.joined,
-        "K_FULL": _all_keys_valid(call, columns) and not tile.joined,
-        "WIDE": any(map(_needs_wide_addresses, (call.q, call.k, call.v, *others))),
+        "K_FULL": all_keys_valid(call, columns) and not tile.joined,
+        "WIDE": any(map(needs_wide_addresses, (call.q, call.k, call.v, *others))),
         "PRECISION": _precision(call.q.dtype),
     }
 
 
-def _all_keys_valid(call: Call, columns: int) -> bool:
+def all_keys_valid(call: Call, columns: int) -> bool:
     """Whether every slot of every key block holds a key that may be seen."""
     grid, tile = call.geometry.k_grid, call.geometry.k_tile
     divides = all(extent % side == 0 for extent, side in zip(grid, tile, strict=True))
@@ -339,7 +339,7 @@ def _padded_head_dim(head_dim: int) -> int:
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
-def _needs_wide_addresses(tensor: Tensor) -> bool:
+def needs_wide_addresses(tensor: Tensor) -> bool:
     """Whether an element is too far from the beginning of its head for 32 bits."""
     length, head_dim = tensor.shape[2:]
     return (length - 1) * tensor.stride(2) + head_dim > _ADDRESS_LIMIT

@@ -5,7 +5,14 @@ from __future__ import annotations
 from compiled_sparse.ops import bind as _bind  # noqa: F401 - registers the markers
 from compiled_sparse.ops.attention import attention
 from compiled_sparse.ops.block_sparse import block_sparse_attention
+from compiled_sparse.ops.quantized import quantized_block_sparse_attention
 from compiled_sparse.ops.tile_mean import tile_mean
 from compiled_sparse.ops.top_k import top_k_blocks
 
-__all__ = ["attention", "block_sparse_attention", "tile_mean", "top_k_blocks"]
+__all__ = [
+    "attention",
+    "block_sparse_attention",
+    "quantized_block_sparse_attention",
+    "tile_mean",
+    "top_k_blocks",
+]

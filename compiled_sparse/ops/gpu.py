@@ -62,7 +62,7 @@ def block_sparse_forward(
 
     lists = (block_indices, block_counts)
     with on_device_of(q):
-        call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
+        call = kernel_call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
         attention.block_sparse_forward(call, *outputs)
 
 
@@ -113,7 +113,7 @@ def block_sparse_backward(
 
     lists = (block_indices, block_counts)
     with on_device_of(q):
-        call = _call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
+        call = kernel_call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
         attention.block_sparse_backward(
             call,
             _unit_last_stride(grad_out),
@@ -126,7 +126,7 @@ def block_sparse_backward(
         gradients[0].mul_(scale)
 
 
-def _call(
+def kernel_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -136,6 +136,12 @@ def _call(
     kv_layout: BlockLayout,
     scale: float,
 ) -> Call:
+    """Return a call as the kernels take it; arguments as in `block_sparse_forward`.
+
+    Raises:
+        ShapeError: if the head size has no kernel.
+        DtypeError: if the dtype has none.
+    """
     from compiled_sparse.kernels.attention import Call
     from compiled_sparse.kernels.attention import Geometry
 

@@ -23,6 +23,7 @@ OLD_TRITON = Path(sys.prefix) / "triton-3.6.0"
 KERNELS = {
     *("attention_forward", "attention_backward_queries", "attention_backward_keys", "row_sums"),
     *("mark_listed", "collect_marked", "order_by_count", "block_means", "list_top_k"),
+    *("quantize_queries", "quantize_keys", "round_values", "attention_forward_quantized"),
 }
 
 
@@ -120,6 +121,7 @@ def test_a_good_kernel_breaks_no_bound() -> None:
         ({"bulk_loads": 0, "async_copies": 0}, "rows pass through registers"),
         ({"kernel": "attention_forward_boxes", "bulk_loads": 0}, "no load by the bulk copy engine"),
         ({"chip": "sm_89", "matrix_kind": "HMMA", "shared": 110_000}, "101376 exist"),
+        ({"kernel": "attention_forward_quantized", "matrix_kind": "IGMMA HGMMA"}, "no QGMMA"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value)),
 )

@@ -16,11 +16,14 @@ import compiled_sparse as cs
 from compiled_sparse import errors
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.ops import gpu_quantized
 
 MODULES = (
     "ops/attention",
     "ops/checks",
     "ops/block_sparse",
+    "ops/gpu_quantized",
+    "ops/quantized",
     "ops/video",
     "ops/vsa",
     "reference/attention",
@@ -29,6 +32,7 @@ GRID = (2, 3, 2)
 VSA = cs.VSA(sparsity=0.5, tile_thw=(2, 2, 2))
 Q = torch.zeros(2, 4, 12, 8)
 INDICES, COUNTS = helpers.full_lists(12, 12)
+WIDE_Q = torch.zeros(1, 1, 12, 64)
 
 
 def call(**changes: Any) -> Any:
@@ -36,6 +40,15 @@ def call(**changes: Any) -> Any:
     geometry = {"grid": (12,), "q_tile": (1,), "kv_tile": (1,)}
     tensors = {"q": Q, "k": Q, "v": Q, "block_indices": INDICES, "block_counts": COUNTS}
     return cs.ops.block_sparse_attention(**{**tensors, **geometry, **changes})
+
+
+def call_quantized(**changes: Any) -> Any:
+    """Call the quantised kernel op with something changed."""
+    geometry = {"grid": (12,), "q_tile": (1,), "kv_tile": (1,)}
+    q = changes.pop("q", WIDE_Q)
+    return cs.ops.quantized_block_sparse_attention(
+        q, q, q, INDICES, COUNTS, **{**geometry, **changes}
+    )
 
 
 def attend(config: MechanismConfig, module: Any = cs, **changes: Any) -> Any:
@@ -218,6 +231,46 @@ CASES = {
         "first derivatives only",
         "cs.reference.attention",
         differentiate_twice,
+    ),
+    "quantised float64": Case(
+        errors.DtypeError,
+        "quantised attention does not take this dtype",
+        "torch.float64",
+        "one of torch.float32, torch.bfloat16, torch.float16",
+        "use block_sparse_attention",
+        lambda: call_quantized(q=WIDE_Q.double()),
+    ),
+    "quantised head size": Case(
+        errors.ShapeError,
+        "quantised attention does not take this head size",
+        "head_dim 8",
+        "one of 64, 128",
+        "SLA(...)",
+        lambda: call_quantized(q=Q[:1, :1]),
+    ),
+    "quantised values": Case(
+        errors.ConfigError,
+        "values is no way to hold values",
+        "'int4'",
+        "'auto', 'float8', 'float16'",
+        "leave it out",
+        lambda: call_quantized(values="int4"),
+    ),
+    "quantised gradient": Case(
+        errors.ForwardOnlyError,
+        "cannot be differentiated",
+        "gradients enabled",
+        "under torch.no_grad()",
+        "use SLA(...) for training",
+        lambda: call_quantized(q=WIDE_Q.clone().requires_grad_()),
+    ),
+    "no float8": Case(
+        errors.DeviceError,
+        "no matrix instructions for float8_e4m3fn",
+        "values='float8'",
+        "before sm_89",
+        "leave values out",
+        lambda: gpu_quantized.resolve("float8", has_float8=False),
     ),
     "no reference": Case(
         errors.ConfigError,

@@ -21,6 +21,7 @@ from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.errors import DeviceError
 from compiled_sparse.ops.cpu import native
 from compiled_sparse.ops.cpu import portable
+from compiled_sparse.ops.cpu import quantized
 from compiled_sparse.ops.cpu.build import NativeBuildError
 from compiled_sparse.ops.cpu.build import native_library
 
@@ -32,6 +33,7 @@ __all__ = [
     "block_sparse_forward",
     "describe",
     "interprets_gpu_kernels",
+    "quantized_forward",
 ]
 
 KERNEL_VARIABLE: Final = "COMPILED_SPARSE_CPU_KERNEL"
@@ -49,11 +51,20 @@ class _Kernel(NamedTuple):
     name: str
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    quantized: Callable[..., tuple[Tensor, Tensor]]
 
 
-_NATIVE: Final = _Kernel("native", native.block_sparse_forward, native.block_sparse_backward)
+_NATIVE: Final = _Kernel(
+    "native",
+    native.block_sparse_forward,
+    native.block_sparse_backward,
+    quantized.quantized_forward,
+)
 _PORTABLE: Final = _Kernel(
-    "portable", portable.block_sparse_forward, portable.block_sparse_backward
+    "portable",
+    portable.block_sparse_forward,
+    portable.block_sparse_backward,
+    quantized.quantized_forward,
 )
 
 
@@ -157,6 +168,44 @@ def block_sparse_backward(
         q_tokens,
         kv_tokens,
         scale,
+    )
+
+
+def quantized_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    q_tokens: Tensor,
+    kv_tokens: Tensor,
+    scale: float,
+    values: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend in eight bits from every query block to its listed key blocks.
+
+    Args:
+        q: As in `block_sparse_forward`, like all arguments not described here; no float64.
+        k: See `q`.
+        v: See `q`.
+        block_indices: See `q`.
+        block_counts: See `q`.
+        key_mask: See `q`.
+        q_tokens: See `q`.
+        kv_tokens: See `q`.
+        scale: See `q`.
+        values: What values and weights are rounded to, "float8" or "float16".
+
+    Returns:
+        As `block_sparse_forward`.
+
+    Raises:
+        NativeBuildError: as in `block_sparse_forward`.
+        UnknownKernelError: as in `block_sparse_forward`.
+    """
+    return _kernel().quantized(
+        q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale, values
     )
 
 

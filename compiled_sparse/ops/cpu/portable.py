@@ -29,8 +29,8 @@ def block_sparse_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `compiled_sparse.ops.cpu.block_sparse_forward`."""
-    lists = _Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
-    out = _empty_like(q)
+    lists = Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
+    out = empty_like_blhd(q)
     lse = q.new_empty(q.shape[:-1], dtype=_compute_dtype(q))
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
@@ -59,8 +59,8 @@ def block_sparse_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `compiled_sparse.ops.cpu.block_sparse_backward`."""
-    lists = _Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
-    grad_q, grad_k, grad_v = _empty_like(q), _empty_like(k), _empty_like(v)
+    lists = Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
+    grad_q, grad_k, grad_v = empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
     group = q.shape[1] // k.shape[1]
     for b in range(k.shape[0]):
         for h_kv in range(k.shape[1]):
@@ -77,7 +77,7 @@ def block_sparse_backward(
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A few query blocks (C) of one head and the key blocks (n) that they list.
 
     Attributes:
@@ -115,7 +115,7 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Lists:
+class Lists:
     """The lists, mask and maps of a call, shaped as in `compiled_sparse.ops.cpu`."""
 
     block_indices: Tensor
@@ -124,7 +124,7 @@ class _Lists:
     q_tokens: Tensor
     kv_tokens: Tensor
 
-    def pieces(self, b: int, h: int) -> Iterator[_Piece]:
+    def pieces(self, b: int, h: int) -> Iterator[Piece]:
         """Cut the query blocks of one head into pieces of bounded size."""
         head = (b if len(self.block_counts) > 1 else 0, h if self.block_counts.shape[1] > 1 else 0)
         indices = self.block_indices[
@@ -139,7 +139,7 @@ class _Lists:
             width = int(counts.max())
             unlisted = torch.arange(width) >= counts[:, None]
             listed = indices[chosen, :width].long().masked_fill(unlisted, 0)
-            yield _Piece(
+            yield Piece(
                 *(tokens.clamp_min(0), tokens < 0, listed, unlisted, self.kv_tokens, masked)
             )
 
@@ -177,7 +177,7 @@ def _query_rows(
     grad_out: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
-    piece: _Piece,
+    piece: Piece,
     scale: float,
 ) -> _QueryRows:
     """Gather the rows of a piece from one head: [Lq, D], or [Lq, 1] for both lse."""
@@ -194,7 +194,7 @@ def _query_rows(
     )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """Return the attention of scaled q [C, Eq, D] and its log-sum-exp [C, Eq, 1]."""
     out = torch.zeros_like(q)
     top = q.new_full((*q.shape[:-1], 1), float("-inf"))
@@ -216,7 +216,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, piece: _Piece) -> tuple[Tensor, Ten
     return out.div_(total.masked_fill_(total == 0, 1)), lse
 
 
-def _differentiate(queries: _QueryRows, keys: _KeyHead, piece: _Piece) -> Tensor:
+def _differentiate(queries: _QueryRows, keys: _KeyHead, piece: Piece) -> Tensor:
     """Add to the gradients of the keys; return that of the scaled queries [C, Eq, D]."""
     grad_q = torch.zeros_like(queries.q)
     for tokens, hidden in piece.key_steps():
@@ -244,7 +244,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def empty_like_blhd(x: Tensor) -> Tensor:
     """Allocate [B, H, L, D] over [B, L, H, D] memory."""
     B, H, L, D = x.shape
     return x.new_empty(B, L, H, D).transpose(1, 2)
