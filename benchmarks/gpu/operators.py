@@ -16,13 +16,20 @@ from benchmarks.gpu.reference import check_errors
 from benchmarks.gpu.reference import plain
 from benchmarks.gpu.settings import CaseFunction
 from benchmarks.gpu.settings import Settings
+from compiled_sparse.config import MechanismConfig
 from compiled_sparse.reference.attention import token_mask
 
 TILE, WINDOW = (4, 4, 4), (1, 3, 1)
 GRID, QUICK_GRID = (5, 9, 10), (3, 9, 5)
 TEXT = cs.Text(before=7, after=77)
 LOW, FULL = torch.bfloat16, torch.float32
-VSA_TOLERANCES = {LOW: (2e-2, 5e-2), FULL: (1e-4, 1e-4)}
+SELECTING = {
+    "VSA": cs.VSA(sparsity=0.6, tile_thw=TILE),
+    "SLA": cs.SLA(topk_ratio=0.4, block_q=64, block_k=32),
+    "SLA on boxes": cs.SLA(topk_ratio=0.4, block_q=(4, 8, 4), block_k=TILE),
+    "SageSLA": cs.SageSLA(topk_ratio=0.4, block_q=64, block_k=32),
+}
+SELECTING_TOLERANCES = {LOW: (2e-2, 5e-2), FULL: (1e-4, 1e-4)}
 """Relative errors of output and gradients beside the reference in the same dtype."""
 
 Grid = tuple[int, int, int]
@@ -45,8 +52,9 @@ def cases(settings: Settings) -> dict[str, CaseFunction]:
         for dtype in (LOW, FULL):
             name = f"STA {str(dtype).removeprefix('torch.')}{suffix}"
             functions[name] = functools.partial(_sta, grid, dtype, masked, device)
-            vsa = functools.partial(_vsa, grid, dtype, masked, device)
-            functions[name.replace("STA", "VSA")] = vsa
+            for title, config in SELECTING.items():
+                check = functools.partial(_selecting, config, grid, dtype, masked, device)
+                functions[name.replace("STA", title)] = check
     for dtype in (LOW, FULL):
         name = f"tile_mean and top_k_blocks {str(dtype).removeprefix('torch.')}"
         functions[name] = functools.partial(_selection, grid, dtype, device)
@@ -150,32 +158,46 @@ def _sta(grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device) -> 
     return {"errors_over_plain": {name: round(ratio, 3) for name, ratio in errors.items()}}
 
 
-def _vsa(grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
-    """Compare both branches, and all gradients, with the reference, which selects in this dtype."""
-    q, k, v = _inputs(grid, device, dtype, 64)
-    inputs = [q, k, v, torch.randn_like(q)]
+def _selecting(
+    config: MechanismConfig, grid: Grid, dtype: torch.dtype, masked: bool, device: torch.device
+) -> dict[str, Any]:
+    """Compare all branches, and all gradients, with the reference, which selects in this dtype."""
+    # Quarters: their sums are exact in any order, so that both select the same blocks.
+    q, k, v = ((4 * each).round() / 4 for each in _inputs(grid, device, dtype, 64))
+    learned = _learned(config, q)
+    inputs = {"q": q, "k": k, "v": v, **learned}
     mask = _key_mask(q.shape[2], device) if masked else None
     weight = torch.randn_like(q)
-    config = cs.VSA(sparsity=0.6, tile_thw=TILE)
+    has_backward = not isinstance(config, cs.SageSLA)
 
-    def run(attention: Any) -> list[Tensor]:
-        leaves = [each.clone().requires_grad_() for each in inputs]
+    def run(attention: Any) -> dict[str, Tensor]:
+        leaves = {n: each.clone().requires_grad_(has_backward) for n, each in inputs.items()}
+        named = {name: leaves[name] for name in learned}
+        if "weight" in named:
+            named = {"proj": (named["weight"], named["bias"])}
         layout = {"grid_thw": grid, "text": TEXT, "key_mask": mask}
-        out = attention(*leaves[:3], config, gate=leaves[3], **layout)
-        return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+        out = attention(leaves["q"], leaves["k"], leaves["v"], config, **named, **layout)
+        if not has_backward:
+            return {"out": out}
+        gradients = torch.autograd.grad(out, list(leaves.values()), weight)
+        return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
-    pairs = zip(
-        ("out", *GRADIENTS, "grad_gate"),
-        run(cs.attention),
-        run(cs.reference.attention),
-        strict=True,
-    )
+    actual, expected = run(cs.attention), run(cs.reference.attention)
     errors = {
-        name: float((one.double() - other.double()).norm() / other.double().norm())
-        for name, one, other in pairs
+        name: float((actual[name].double() - each.double()).norm() / each.double().norm())
+        for name, each in expected.items()
     }
-    forward, backward = VSA_TOLERANCES[dtype]
+    forward, backward = SELECTING_TOLERANCES[dtype]
     for name, error in errors.items():
         limit = forward if name == "out" else backward
         assert error <= limit, f"{name}: relative error {error:.2e}, at most {limit:.0e}"
     return {"relative_errors": errors}
+
+
+def _learned(config: MechanismConfig, q: Tensor) -> dict[str, Tensor]:
+    """Return the learned tensors of a mechanism, none of them zero."""
+    if isinstance(config, cs.VSA):
+        return {"gate": torch.randn_like(q)}
+    size = q.shape[-1]
+    weight = torch.randn(size, size, device=q.device) / size**0.5
+    return {"weight": weight, "bias": torch.randn(size, device=q.device)}
