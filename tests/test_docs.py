@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from compiled_sparse import config
 from compiled_sparse import registry
 from compiled_sparse import selector
 from compiled_sparse.config import STA
