@@ -64,7 +64,11 @@ def _record(chip: str, case: Case, kernel: Compiled) -> dict[str, Any]:
 
 
 def _has_matrix_instructions(case: Case) -> bool:
-    return case.quantized or case.dtype.itemsize == 2 or (case.dtype == torch.float32 and case.precision == "tf32")
+    return (
+        case.quantized
+        or case.dtype.itemsize == 2
+        or (case.dtype == torch.float32 and case.precision == "tf32")
+    )
 
 
 def _own_rows(kernel: Compiled) -> int:

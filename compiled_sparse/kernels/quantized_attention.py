@@ -154,7 +154,9 @@ def _quantize_queries(
         *(*sizes, *blocks.grid, before, behind),
     )
     programs = q.shape[0] * q.shape[1] * blocks.number
-    launch.run(quantize_queries, programs, arguments, _constants(call, q, blocks), warps=_QUANTIZER_WARPS)
+    launch.run(
+        quantize_queries, programs, arguments, _constants(call, q, blocks), warps=_QUANTIZER_WARPS
+    )
     return codes, scales
 
 

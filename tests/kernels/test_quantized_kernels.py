@@ -63,7 +63,11 @@ def test_every_kind_of_block(geometry: Geometry) -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_any_scale(scale: float) -> None:
     check(
-        ONE_AXIS, ONE_AXIS.tensors(1, 1, head_dim=64), ONE_AXIS.lists(), scale=scale, values="float8"
+        ONE_AXIS,
+        ONE_AXIS.tensors(1, 1, head_dim=64),
+        ONE_AXIS.lists(),
+        scale=scale,
+        values="float8",
     )
 
 
