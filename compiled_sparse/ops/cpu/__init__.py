@@ -186,6 +186,9 @@ def quantized_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend in eight bits from every query block to its listed key blocks.
 
+    The native kernel rounds weights chunk by chunk, of at most 64 keys, the portable one block by
+    block; blocks of up to 64 keys give the same.
+
     Args:
         q: As in `block_sparse_forward`, like all arguments not described here; no float64.
         k: See `q`.
