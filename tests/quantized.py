@@ -1,4 +1,4 @@
-"""What tests of quantised attention share: calls of op and reference, and how far they may differ."""
+"""What tests of quantised attention share: calls of op and reference, and the tolerance."""
 
 from __future__ import annotations
 

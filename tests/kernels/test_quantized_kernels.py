@@ -24,8 +24,12 @@ from compiled_sparse.ops import gpu_quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "gpu_kernels_on_cpu")
 
-VALUES = ["float8", "float16"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SLOW = [
+    (torch.float32, "float8"),
+    (torch.bfloat16, "float16"),
+    (torch.float16, "float8"),
+    (torch.float16, "float16"),
+]
 DIVIDES = Geometry((2, 4, 8), (2, 4, 4), (1, 4, 8))
 PUBLISHED = Geometry((150,), (128,), (64,))
 PUBLISHED_FOR_SM_90 = Geometry((150,), (64,), (128,))
@@ -43,8 +47,15 @@ def check(
     assert_emulates(actual, quantized.reference(geometry, tensors, lists, **keywords), tensors[2])
 
 
-@pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (torch.float32, "float16"),
+        (torch.bfloat16, "float8"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW),
+    ],
+    ids=str,
+)
 def test_text_key_mask_and_grouped_heads(dtype: torch.dtype, values: str) -> None:
     tensors, shown = quantized.hide(ODD.tensors(1, 2, 1, head_dim=64, dtype=dtype))
     check(ODD, tensors, ODD.lists(1, 2), key_mask=shown, values=values)

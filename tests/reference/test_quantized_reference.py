@@ -18,11 +18,9 @@ from torch import Tensor
 SMALL = Geometry((3, 3, 2), (2, 2, 2), (2, 1, 2), text_before=1, text_after=5)
 VALUES = ["float8", "float16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT8 = torch.tensor(
-    [0.0, *(m / 8 * 2.0**-6 for m in range(1, 8))]
-    + [(1 + m / 8) * 2.0**e for e, m in itertools.product(range(-6, 9), range(8))][:-1],
-    dtype=torch.float64,
-)
+NORMAL = [(1 + m / 8) * 2.0**e for e, m in itertools.product(range(-6, 9), range(8))]
+DENORMAL = [m / 8 * 2.0**-6 for m in range(8)]
+FLOAT8 = torch.tensor([*DENORMAL, *NORMAL[:-1]], dtype=torch.float64)
 """The numbers of float8_e4m3fn that are not negative, from their definition."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.errors import DeviceError
 from compiled_sparse.ops.cpu import native
+from compiled_sparse.ops.cpu import native_quantized
 from compiled_sparse.ops.cpu import portable
 from compiled_sparse.ops.cpu import quantized
 from compiled_sparse.ops.cpu.build import NativeBuildError
@@ -58,7 +59,7 @@ _NATIVE: Final = _Kernel(
     "native",
     native.block_sparse_forward,
     native.block_sparse_backward,
-    quantized.quantized_forward,
+    native_quantized.quantized_forward,
 )
 _PORTABLE: Final = _Kernel(
     "portable",
@@ -184,6 +185,9 @@ def quantized_forward(
     values: str,
 ) -> tuple[Tensor, Tensor]:
     """Attend in eight bits from every query block to its listed key blocks.
+
+    The native kernel rounds weights chunk by chunk, of at most 64 keys, the portable one block by
+    block; blocks of up to 64 keys give the same.
 
     Args:
         q: As in `block_sparse_forward`, like all arguments not described here; no float64.

@@ -11,8 +11,13 @@ from torch import Tensor
 
 from compiled_sparse.errors import BlockListError
 from compiled_sparse.ops.cpu.build import native_library
+from compiled_sparse.ops.quantization import FLOAT8
+from compiled_sparse.ops.quantization import FLOAT16
 
 _DTYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# `Weights` of rounding.h.
+_WEIGHTS: Final = {None: 0, FLOAT8: 1, FLOAT16: 2}
 
 # `Status` of block_sparse.cpp.
 _OK: Final = 0
@@ -46,6 +51,7 @@ class _Problem(ctypes.Structure):
         ("scale", ctypes.c_double),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("weights", ctypes.c_int32),
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
         ("lse", ctypes.c_void_p),
         *((name, _Tensor) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
@@ -63,8 +69,13 @@ def block_sparse_forward(
     q_tokens: Tensor,
     kv_tokens: Tensor,
     scale: float,
+    weights: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `compiled_sparse.ops.cpu.block_sparse_forward`."""
+    """See `compiled_sparse.ops.cpu.block_sparse_forward`.
+
+    `weights`, "float8" or "float16", rounds those of float32 before they meet the values, those for
+    float8 times 448: the output comes out as much larger.
+    """
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     block_indices, block_counts = block_indices.contiguous(), block_counts.contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
@@ -74,6 +85,7 @@ def block_sparse_forward(
         return out, lse  # lists of no batch have no first row to read
     problem = _problem(q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale)
     problem.out, problem.lse = _tensor(out), lse.data_ptr()
+    problem.weights = _WEIGHTS[weights]
     _call(native_library().handle.block_sparse_forward, problem)
     return out, lse
 

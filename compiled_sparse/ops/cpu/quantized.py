@@ -124,6 +124,7 @@ def _scores(codes: Tensor, keys: _KeyHead, piece: Piece, step: slice, factors: T
     """Return scores in base 2, [C, Eq, blocks of the step, Ek]."""
     listed = piece.listed[:, step]
     scores = codes @ keys.codes[listed].flatten(1, 2).mT
-    scores = scores.unflatten(2, (listed.shape[1], -1)).mul_(factors[:, None, step, None])
+    scores = scores.view(*scores.shape[:2], listed.shape[1], -1)
+    scores.mul_(factors[:, None, step, None])
     hidden = keys.hidden[listed] | piece.unlisted[:, step, None]
     return scores.masked_fill_(hidden[:, None], float("-inf")) if hidden.any() else scores

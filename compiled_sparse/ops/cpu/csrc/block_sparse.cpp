@@ -4,7 +4,12 @@
 #include "layout.h"
 
 using block_sparse::DType;
+using block_sparse::ExactWeights;
+using block_sparse::Float16Weights;
+using block_sparse::Float8Weights;
 using block_sparse::Problem;
+using block_sparse::Weights;
+using block_sparse::forward;
 
 namespace {
 
@@ -63,8 +68,13 @@ extern "C" {
 
 EXPORT int32_t block_sparse_forward(const Problem* p) {
     return checked(*p, [](const Problem& problem) {
-        problem.dtype == DType::kFloat64 ? block_sparse::forward<double>(problem)
-                                         : block_sparse::forward<float>(problem);
+        if (problem.dtype == DType::kFloat64)
+            return forward<double, ExactWeights<double>>(problem);
+        switch (problem.weights) {
+            case Weights::kFloat8: return forward<float, Float8Weights>(problem);
+            case Weights::kFloat16: return forward<float, Float16Weights>(problem);
+            default: return forward<float, ExactWeights<float>>(problem);
+        }
     });
 }
 

@@ -9,6 +9,7 @@
 #include "layout.h"
 #include "pack.h"
 #include "pipeline.h"
+#include "rounding.h"
 #include "transpose.h"
 
 namespace block_sparse {
@@ -36,8 +37,8 @@ struct ForwardScratch {
     }
 };
 
-// The softmax step of C vectors of queries; scores become probabilities.
-template <class T, int C>
+// The softmax step of C vectors of queries; scores become probabilities, as Round rounds them.
+template <class T, class Round, int C>
 inline void softmax_columns(T* scores, int keys, T* top, T* sum, T* decay) {
     constexpr int W = kLanes<T>;
     constexpr int64_t stride = kQueryStride<T>;
@@ -63,24 +64,24 @@ inline void softmax_columns(T* scores, int keys, T* top, T* sum, T* decay) {
             T* s = scores + key * stride + c * W;
             const Vec<T> p = exp<T>(load(s) - high[c]);
             total[c] += p;
-            store(s, p);
+            store(s, Round::round(p));
         }
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(sum + c * W, total[c]);
 }
 
-template <class T>
+template <class T, class Round>
 inline void softmax_step(const ForwardScratch<T>& w, int keys, int queries) {
     constexpr int W = kLanes<T>;
     int i = 0;
     for (; i + 4 * W <= round_up(queries, W); i += 4 * W)
-        softmax_columns<T, 4>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
+        softmax_columns<T, Round, 4>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
     for (; i < queries; i += W)
-        softmax_columns<T, 1>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
+        softmax_columns<T, Round, 1>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
 }
 
 // Attention of the queries of `part` in one head; leaves w.out and w.sum, w.top.
-template <class T>
+template <class T, class Round>
 inline bool attend(const PackedHead<T>& head, const List& list, int dim, int queries,
                    const ForwardScratch<T>& w) {
     constexpr int64_t stride = kQueryStride<T>;
@@ -92,7 +93,7 @@ inline bool attend(const PackedHead<T>& head, const List& list, int dim, int que
         const int64_t at = chunk.row * ldd, then = next.row * ldd, ahead = next.count * ldd;
         gemm<T, Layout::kRows>({head.k + at, ldd, w.q, stride, w.scores, stride, nullptr},
                                chunk.count, queries, dim, Start::kZero, {head.k + then, ahead});
-        softmax_step(w, chunk.count, queries);
+        softmax_step<T, Round>(w, chunk.count, queries);
         gemm<T, Layout::kColumns>({head.v + at, ldd, w.scores, stride, w.out, stride, w.decay},
                                   dim, queries, chunk.count, start, {head.v + then, ahead});
         start = Start::kScale;
@@ -100,7 +101,7 @@ inline bool attend(const PackedHead<T>& head, const List& list, int dim, int que
     return start == Start::kScale;
 }
 
-template <class T>
+template <class T, class Round>
 inline void forward_item(const Problem& p, const PackedHead<T>& head, int64_t batch,
                          int64_t q_head, const QueryPart& part, const ForwardScratch<T>& w) {
     constexpr int64_t stride = kQueryStride<T>;
@@ -113,7 +114,7 @@ inline void forward_item(const Problem& p, const PackedHead<T>& head, int64_t ba
     gather_queries(q, part, dim, T(p.scale), w.rows);
     transpose(w.rows, ldd, w.q, stride, part.count, dim);
     const List list = list_of(p, batch, q_head, part.block);
-    if (attend(head, list, dim, part.count, w)) {
+    if (attend<T, Round>(head, list, dim, part.count, w)) {
         transpose(w.out, stride, w.rows, ldd, dim, part.count);
     } else {
         std::fill(w.rows, w.rows + part.count * ldd, T(0));
@@ -134,7 +135,7 @@ inline int64_t packed_slots(const Problem& p) {
     return std::max<int64_t>(1, std::min(p.batch * p.kv_heads, most_bytes / bytes));
 }
 
-template <class T>
+template <class T, class Round>
 void forward(const Problem& p) {
     const std::vector<QueryPart> parts = query_parts(p);
     const auto part_count = static_cast<int64_t>(parts.size());
@@ -150,8 +151,8 @@ void forward(const Problem& p) {
         };
         const auto attend = [&](int64_t head, int64_t item) {
             const int64_t q_head = head % p.kv_heads * group + item / part_count;
-            forward_item(p, packed.at(head, head % slots), head / p.kv_heads, q_head,
-                         parts[item % part_count], w);
+            forward_item<T, Round>(p, packed.at(head, head % slots), head / p.kv_heads, q_head,
+                                   parts[item % part_count], w);
         };
         pipeline.run(pack, attend);
     }

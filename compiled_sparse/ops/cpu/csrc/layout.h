@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "rounding.h"
 #include "rows.h"
 #include "vector.h"
 
@@ -30,6 +31,7 @@ struct Problem {
     double scale;
     DType dtype;
     int32_t threads;
+    Weights weights;  // float64 has exact ones only
     Tensor q, k, v, out;
     void* lse;  // [batch, q_heads, q_len] in the compute type
     // Backward only; grad_lse [batch, q_heads, q_len] may be null.
