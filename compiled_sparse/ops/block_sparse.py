@@ -21,6 +21,7 @@ from compiled_sparse.ops.checks import check_lists
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
 from compiled_sparse.ops.checks import resolve_layouts
+from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import block_tokens
@@ -120,10 +121,6 @@ def empty_like_blhd(tensor: Tensor) -> Tensor:
     return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _resolve_scale(scale: float | None, q: Tensor) -> float:
     return float(q.shape[-1]) ** -0.5 if scale is None else scale
 
@@ -186,7 +183,7 @@ def _backward(
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like_blhd(q), q.new_empty(q.shape[:-1], dtype=_lse_dtype(q.dtype))
+    return empty_like_blhd(q), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
 
 
 def _forward_fake(

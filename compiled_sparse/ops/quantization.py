@@ -7,6 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from compiled_sparse.ops.dtypes import compute_dtype
+
 FLOAT8: Final = "float8"
 FLOAT16: Final = "float16"
 
@@ -24,12 +26,13 @@ _SMALLEST_AMAX: Final = 1e-30
 
 
 def key_mean(k: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Return the mean of the visible keys [B, H, 1, D], summed in float32, in k's dtype."""
+    """Return the mean of the visible keys [B, H, 1, D] in k's dtype, rounded once."""
+    compute = compute_dtype(k)
     if key_mask is None:
-        return (k.sum(dim=2, keepdim=True, dtype=torch.float32) / k.shape[2]).to(k.dtype)
+        return (k.sum(dim=2, keepdim=True, dtype=compute) / k.shape[2]).to(k.dtype)
     count = key_mask.sum(-1).clamp_min(1)[:, None, None, None]
     visible = k.masked_fill(~key_mask[:, None, :, None], 0.0)
-    return (visible.sum(dim=2, keepdim=True, dtype=torch.float32) / count).to(k.dtype)
+    return (visible.sum(dim=2, keepdim=True, dtype=compute) / count).to(k.dtype)
 
 
 def value_scales(v: Tensor, key_mask: Tensor | None, values: str) -> tuple[Tensor, Tensor]:

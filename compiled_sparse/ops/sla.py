@@ -15,10 +15,10 @@ from torch import Tensor
 
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.ops.autocast import register_autocast_like_sdpa
-from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.dtypes import product
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.linear_attention import linear_attention
+from compiled_sparse.ops.quantization import key_mean
 from compiled_sparse.ops.video import VideoTiles
 from compiled_sparse.ops.video import best_tiles
 from compiled_sparse.ops.video import check_given_sparsity
@@ -117,19 +117,10 @@ def block_scores(
     Rounded as published: all is in the dtype of the inputs. The mean key is taken off first, which
     in exact arithmetic would change no ranking.
     """
-    smooth = k - _mean_key(k, key_mask)
+    smooth = k - key_mean(k, key_mask)
     means = keys.means(key_mask, k)
     pooled = queries.means(key_mask, q).of(q), per_query_head(means.of(smooth), q)
     return means.without_empty(product(pooled[0], pooled[1].transpose(-1, -2)))
-
-
-def _mean_key(k: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Mean of the visible keys [batch, key heads, 1, head_dim]."""
-    if key_mask is None:
-        return k.mean(dim=-2, keepdim=True)
-    shown = k.masked_fill(~key_mask[:, None, :, None], 0.0)
-    total = shown.sum(dim=-2, keepdim=True, dtype=compute_dtype(k))
-    return (total / key_mask.sum(-1).clamp(min=1)[:, None, None, None]).to(k.dtype)
 
 
 def _check_projection(q: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

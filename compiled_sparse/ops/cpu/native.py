@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compiled_sparse.errors import BlockListError
 from compiled_sparse.ops.cpu.build import native_library
+from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.quantization import FLOAT8
 from compiled_sparse.ops.quantization import FLOAT16
 
@@ -80,7 +81,7 @@ def block_sparse_forward(
     block_indices, block_counts = block_indices.contiguous(), block_counts.contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     out = _empty_like(q)
-    lse = q.new_empty(q.shape[:-1], dtype=_compute_dtype(q))
+    lse = q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
     if not q.numel():
         return out, lse  # lists of no batch have no first row to read
     problem = _problem(q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale)
@@ -121,10 +122,6 @@ def block_sparse_backward(
     problem.grad_v = _tensor(grad_v)
     _call(native_library().handle.block_sparse_backward, problem)
     return grad_q, grad_k, grad_v
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiled_sparse.ops.dtypes import compute_dtype
+
 _MAX_BLOCKS = 16
 _MAX_QUERIES = 2048
 _KEYS_PER_STEP = 512
@@ -31,7 +33,7 @@ def block_sparse_forward(
     """See `compiled_sparse.ops.cpu.block_sparse_forward`."""
     lists = Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
     out = empty_like_blhd(q)
-    lse = q.new_empty(q.shape[:-1], dtype=_compute_dtype(q))
+    lse = q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -150,8 +152,8 @@ class _KeyHead:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k = k
         self.v = v
-        self.grad_k = torch.zeros(k.shape, dtype=_compute_dtype(k))
-        self.grad_v = torch.zeros(v.shape, dtype=_compute_dtype(v))
+        self.grad_k = torch.zeros(k.shape, dtype=compute_dtype(k))
+        self.grad_v = torch.zeros(v.shape, dtype=compute_dtype(v))
 
 
 @dataclass(frozen=True)
@@ -235,13 +237,9 @@ def _differentiate(queries: _QueryRows, keys: _KeyHead, piece: Piece) -> Tensor:
 
 def _gather(source: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
     """Return rows [*tokens.shape, D] of source [L, D] to compute with, zero where hidden."""
-    rows = source.index_select(0, tokens.flatten()).to(_compute_dtype(source))
+    rows = source.index_select(0, tokens.flatten()).to(compute_dtype(source))
     rows = rows.view(*tokens.shape, -1)
     return rows if hidden is None else rows.masked_fill_(hidden[..., None], 0)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_like_blhd(x: Tensor) -> Tensor:
