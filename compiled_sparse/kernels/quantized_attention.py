@@ -37,7 +37,7 @@ _FEWEST_ROWS = 32
 """As many keys as a product of eight-bit operands sums at least."""
 
 _STAGES = 3
-_QUANTIZER_WARPS = 8
+_QUANTIZER_WARPS = 16
 _CHIPS_WITH_ROOM = ("sm_90", "sm_100", "gfx942")
 
 
