@@ -29,6 +29,7 @@ CASES = {
     "tiny ratio": Case((61,), (8,), (4,), 1e-6),
     "all blocks": Case(GRID, (2, 3, 2), (2, 2, 2), 1.0, TEXT),
 }
+ORDERS = ("published", "values", "quotients")
 FEATURES = ("softmax", "elu", "relu")
 NAMES = ("grad_q", "grad_k", "grad_v", "grad_weight", "grad_bias")
 
@@ -101,11 +102,27 @@ def padding(case: Case) -> Tensor:
 
 
 def published_linear(
-    q: Tensor, k: Tensor, v: Tensor, case: Case, weight: Tensor, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    case: Case,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    order: str = "published",
 ) -> Tensor:
     """The linear branch as published, operation by operation in the dtype of the inputs.
 
     The one difference is the documented one: behind its features float16 goes on in float32.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        case: What is computed.
+        weight: Of the projection.
+        bias: The same.
+        order: One of `ORDERS`: "values" are projected before they are weighed, or "quotients" taken
+            before products, which in exact arithmetic changes nothing.
     """
     work = torch.float32 if q.dtype == torch.float16 else q.dtype
     groups = q.shape[1] // k.shape[1]
@@ -113,10 +130,16 @@ def published_linear(
     queries, keys = (_published_feature(x, case.feature_map).to(work) for x in (q, k))
     if case.key_mask is not None:
         keys = keys * case.key_mask[:, None, :, None]
-    products = keys.transpose(-1, -2) @ v.to(work)
-    sums = keys.sum(dim=-2, keepdim=True)
-    mixed = (queries @ products) / (1e-5 + (queries * sums).sum(dim=-1, keepdim=True))
-    return F.linear(mixed, weight.to(work), None if bias is None else bias.to(work))
+    values, weight = v.to(work), weight.to(work)
+    values = values @ weight.t() if order == "values" else values
+    products = keys.transpose(-1, -2) @ values
+    weights = 1e-5 + (queries * keys.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)
+    quotients = order == "quotients"
+    mixed = (queries / weights) @ products if quotients else (queries @ products) / weights
+    bias = None if bias is None else bias.to(work)
+    if order != "values":
+        return F.linear(mixed, weight, bias)
+    return mixed if bias is None else mixed + bias
 
 
 def _published_feature(x: Tensor, feature_map: str) -> Tensor:
