@@ -62,7 +62,7 @@ def assert_gradients_of_projections(case: Case, handle: Handle, actual: Tensor, 
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("compile_model", [whole, by_block])
+@pytest.mark.parametrize("compile_model", [pytest.param(whole, marks=pytest.mark.slow), by_block])
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", [RUNS, pytest.param(BOXES, marks=pytest.mark.slow)])
 def test_a_projected_wan_is_one_artifact_with_the_gradients_of_every_projection(

@@ -34,6 +34,10 @@ import compiled_sparse as cs
 from compiled_sparse.ops.plan import tile_of_token
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+FEATURE_FIRST = [
+    "softmax",
+    *(pytest.param(each, marks=pytest.mark.slow) for each in FEATURES if each != "softmax"),
+]
 LAYOUTS = pytest.mark.parametrize("case", [RUNS, BOXES], ids=["runs", "boxes"])
 
 
@@ -51,7 +55,7 @@ def test_the_traced_op_is_one_selection_one_kernel_op_and_aten(case: Case) -> No
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("feature_map", FEATURES)
+@pytest.mark.parametrize("feature_map", FEATURE_FIRST)
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "key mask"])
 @LAYOUTS
 def test_a_compiled_call_gives_the_eager_values_strides_and_gradients(
@@ -122,7 +126,9 @@ def in_runs(video: Tensor, text: Tensor, weight: Tensor, bias: Tensor) -> tuple[
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", [joint, in_runs])
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"]
+)
 def test_dynamic_lengths_take_at_most_two_compilations(
     training: bool, function: Any, backend: str
 ) -> None:
