@@ -71,7 +71,6 @@ class SLA(MechanismConfig):
     def _check_numbers(self) -> None:
         name = type(self).__name__
         ratio: Any = self.topk_ratio
-        proj: Any = self.proj
         is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
         if not is_number or not 0 < ratio <= 1:
             raise ConfigError(
@@ -87,6 +86,7 @@ class SLA(MechanismConfig):
                 expected="one of " + ", ".join(map(repr, FEATURE_MAPS)),
                 next_step='pass feature_map="softmax", as published checkpoints are trained',
             )
+        proj: Any = self.proj
         if proj is not None and not (isinstance(proj, str) and proj.isidentifier()):
             raise ConfigError(
                 f"{name}.proj is no name of a module",
