@@ -21,13 +21,14 @@ _HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 def traced_projection(module: Any) -> list[Tensor]:
     """Return weight and bias of a traced module's projection; nothing where there is none.
 
-    A layer that wraps another, as LoRA's do, says what it computes by what it makes of an identity.
+    A layer that does more than `nn.Linear`, as LoRA's do, says what it computes by what it makes of
+    an identity.
     """
     name, width = module._compiled_sparse_projection
     if not name:
         return []
     layer = getattr(module, name)
-    if isinstance(layer, nn.Linear):
+    if _is_plain(layer):
         bias: Tensor | None = layer.bias
         return [layer.weight] if bias is None else [layer.weight, bias]
     like = next(layer.parameters())
@@ -35,6 +36,12 @@ def traced_projection(module: Any) -> list[Tensor]:
     rows = torch.eye(width + 1, width, device=like.device, dtype=dtype)
     made = layer(rows)
     return [(made[:width] - made[width]).t(), made[width]]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what its weight and bias say; subclasses and hooks may change it."""
+    is_own = type(layer).forward is nn.Linear.forward and "forward" not in layer.__dict__
+    return is_own and not layer._forward_pre_hooks and not layer._forward_hooks
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

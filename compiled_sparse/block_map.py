@@ -10,6 +10,8 @@ from torch import Tensor
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.layout import ceil_div
+from compiled_sparse.ops.checks import check_shapes
+from compiled_sparse.ops.checks import check_tensors
 from compiled_sparse.ops.sla import block_scores
 from compiled_sparse.ops.tile_mean import tile_mean
 from compiled_sparse.ops.top_k import top_k_blocks
@@ -61,12 +63,15 @@ def get_block_map(
         ConfigError: if a block is not a positive integer.
         MetadataError: if the ratio is not from 0 to 1.
         ShapeError: if q and k do not fit each other.
-        DtypeError: if the dtype is not supported.
+        DtypeError: if the dtype is not supported, or the two differ.
+        DeviceError: if the two are on different devices.
     """
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         _check_block(name, block)
     for name, x in (("q", q), ("k", k)):
         _check_length(name, x)
+    check_tensors(q, k, k, None, ())
+    check_shapes(q, k, k, None)
     tiles = [VideoTiles([x.shape[2]], [n], 0, 0) for x, n in ((q, block_q), (k, block_k))]
     scores = block_scores(q.detach(), k.detach(), None, tiles[0], tiles[1])
     topk = truncated_top_k(ceil_div(k.shape[2], block_k), topk_ratio)

@@ -60,9 +60,10 @@ def truncated_top_k(num_blocks: int, ratio: float) -> int:
 def ratio_at(sparsity: float) -> float:
     """Return the share to keep at a sparsity, free of the rounding of 1 - sparsity.
 
-    Without that 0.9 would leave less than 0.1, which is cut off to one block less.
+    Without that 0.9 would leave less than 0.1, which is cut off to one block less. A share too
+    small for its digits stays what it is: it is not none.
     """
-    return round(1.0 - sparsity, RATIO_DIGITS)
+    return round(1.0 - sparsity, RATIO_DIGITS) or 1.0 - sparsity
 
 
 def sparsity_ramp(step: int, *, target: float, rate: float = 0.01, interval: int = 1) -> float:

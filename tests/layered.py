@@ -69,10 +69,15 @@ class Layered(TorchFunctionMode):
             key_mask=key_mask,
             scale=settings.get("scale"),
             gate=self.gate(query, text),
+            proj=self.projection(config),
         )
 
     def gate(self, query: Tensor, text: Text) -> Tensor | None:
         """Return what weighs the compressed branch of a call; nothing here."""
+        return None
+
+    def projection(self, config: MechanismConfig) -> tuple[Tensor, Tensor | None] | None:
+        """Return what is behind the linear branch of a call; nothing here."""
         return None
 
 

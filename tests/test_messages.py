@@ -40,6 +40,7 @@ from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
 from compiled_sparse.sparsity import num_selected
+from compiled_sparse.sparsity import truncated_top_k
 
 MODULES = (
     "block_map",
@@ -88,6 +89,7 @@ def enter_metadata(**arguments: Any) -> None:
 
 
 LINEAR = torch.nn.Linear(2, 2, bias=False)
+TOKENS = torch.zeros(1, 2, 6, 4)
 
 CASES = {
     "text": Case(
@@ -637,6 +639,102 @@ CASES = {
         "1 or 4 windows",
         "one per query head",
         lambda: cs.STA(window_thw=((3, 3, 3),) * 3).check_heads(4),
+    ),
+    "sides of blocks": Case(
+        errors.ConfigError,
+        "the blocks of queries and keys have different numbers of axes",
+        "block_q=(4, 8, 4), block_k=64",
+        "two boxes with as many sides",
+        "block_k=(4, 4, 4)",
+        lambda: cs.SLA(block_q=(4, 8, 4)),
+    ),
+    "share of blocks": Case(
+        errors.ConfigError,
+        "SLA.topk_ratio is out of range",
+        "0",
+        "a number in (0, 1]",
+        "topk_ratio=0.1",
+        lambda: cs.SLA(topk_ratio=0),
+    ),
+    "feature map": Case(
+        errors.ConfigError,
+        "SLA.feature_map is not known",
+        "'hedgehog'",
+        "one of 'softmax', 'elu', 'relu'",
+        'feature_map="softmax"',
+        lambda: cs.SLA(feature_map="hedgehog"),
+    ),
+    "name of a projection": Case(
+        errors.ConfigError,
+        "SLA.proj is no name of a module",
+        "'a b'",
+        "None, or the name",
+        "proj=(weight, bias)",
+        lambda: cs.SLA(proj="a b"),
+    ),
+    "blocks and grid": Case(
+        errors.LayoutError,
+        "the grid and the blocks have different numbers of axes",
+        "grid (21, 30, 52), block_q=128, block_k=64",
+        "a grid of 1 axes",
+        "blocks with 3 sides",
+        lambda: cs.SLA().resolve_tile((21, 30, 52)),
+    ),
+    "projection too many": Case(
+        errors.ConfigError,
+        "a projection is given to a config without a linear branch",
+        "SLA(proj=None)",
+        "one of the two",
+        "leave proj= out",
+        lambda: cs.SLA(proj=None).check_projection((0, 0)),
+    ),
+    "projection of a mechanism without": Case(
+        errors.ConfigError,
+        "sta takes no projection",
+        "a projection",
+        "proj=None",
+        "leave",
+        lambda: cs.STA().check_projection((0, 0)),
+    ),
+    "projection that is no pair": Case(
+        errors.ConfigError,
+        "proj is no pair of weight and bias",
+        "Linear",
+        "(weight [head_dim, head_dim], bias [head_dim] or None)",
+        "proj=(linear.weight, linear.bias)",
+        lambda: cs.SLA().check_projection(LINEAR),
+    ),
+    "values of a quantised config": Case(
+        errors.ConfigError,
+        "SageSLA.values is not known",
+        "'int4'",
+        "one of 'auto', 'float8', 'float16'",
+        'values="auto"',
+        lambda: cs.SageSLA(values="int4"),
+    ),
+    "block of a map": Case(
+        errors.ConfigError,
+        "block_q is not a positive integer",
+        "0",
+        "tokens of a block, at least 1",
+        "block_q=64",
+        lambda: cs.get_block_map(TOKENS, TOKENS, 0.5, block_q=0),
+    ),
+    "tokens of a map": Case(
+        errors.ShapeError,
+        "x has no tokens in heads",
+        "x of shape (1, 2, 0, 4)",
+        "[batch, heads, length, head_dim]",
+        "reshape x",
+        lambda: cs.mean_pool(TOKENS[:, :, :0], 4),
+    ),
+    "ratio of a map": Case(
+        errors.MetadataError,
+        "ratio is out of range",
+        "1.5",
+        "a number from 0 to 1",
+        "pass ratio as",
+        lambda: truncated_top_k(10, 1.5),
     ),
 }
 

@@ -27,6 +27,8 @@ _FIRST_AXIS = 2
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether operations on a tensor are recorded, not only computed."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
     return type(tensor) not in (Tensor, torch.nn.Parameter) or get_proxy_mode() is not None
 
 

@@ -131,7 +131,7 @@ def linear_attention(
 
     if key_mask is not None:
         k, v = (each.masked_fill(~key_mask[:, None, :, None], 0.0) for each in (k, v))
-    queries, keys = (rounded(feature(each.to(wide), feature_map).to(q.dtype)) for each in (q, k))
+    queries, keys = (rounded(feature(each, feature_map)) for each in (q, k))
     if key_mask is not None:
         keys = keys.masked_fill(~key_mask[:, None, :, None], 0.0)
     products = rounded(keys.mT @ v.to(wide))
@@ -144,7 +144,10 @@ def linear_attention(
 
 
 def feature(x: Tensor, feature_map: str) -> Tensor:
-    """Return what a feature map makes of each token: nothing below zero."""
+    """Return what a feature map makes of each token: nothing below zero.
+
+    In the dtype of x, as published: elu is rounded before one is added to it.
+    """
     if feature_map == "softmax":
         return x.softmax(dim=-1)
     return F.elu(x) + 1.0 if feature_map == "elu" else x.relu()

@@ -25,11 +25,13 @@ MODULES = (
     "ops/gpu_quantized",
     "ops/quantized",
     "ops/video",
+    "ops/sla",
     "ops/vsa",
     "reference/attention",
 )
 GRID = (2, 3, 2)
 VSA = cs.VSA(sparsity=0.5, tile_thw=(2, 2, 2))
+SLA = cs.SLA(topk_ratio=0.5, block_q=(2, 2, 2), block_k=(1, 3, 2))
 Q = torch.zeros(2, 4, 12, 8)
 INDICES, COUNTS = helpers.full_lists(12, 12)
 WIDE_Q = torch.zeros(1, 1, 12, 64)
@@ -183,6 +185,14 @@ CASES = {
         "text included",
         "reshape it as the queries are",
         lambda: attend(VSA, gate=Q[:, :1]),
+    ),
+    "shape of a projection": Case(
+        errors.ShapeError,
+        "the projection does not fit the heads",
+        "weight (8, 4), bias (8,)",
+        "[head_dim, head_dim] = (8, 8), bias [head_dim]",
+        "nn.Linear(head_dim, head_dim)",
+        lambda: attend(SLA, proj=(torch.zeros(8, 4), torch.zeros(8))),
     ),
     "dtype of a gate": Case(
         errors.DtypeError,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import helpers
@@ -12,13 +11,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vsa_oracle
+from attending import DTYPES
+from attending import NAMES
+from attending import Attend
+from attending import Inputs
+from attending import Selections
+from attending import assert_same_outcome
+from attending import cast
+from attending import outcome
+from attending import over_blhd
+from attending import relative
+from attending import weights_for
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 from strategies import layouts
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 from vsa_oracle import Case
 
 import compiled_sparse as cs
@@ -26,7 +35,6 @@ from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops.plan import tile_of_token
 
 OPS = torch.ops.compiled_sparse
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRID, TILE, TEXT = (5, 7, 3), (2, 3, 2), (4, 9)
 VIDEO_AND_TEXT = Case(GRID, TILE, 0.6, TEXT)
 CASES = {
@@ -42,29 +50,6 @@ PUBLISHED = pytest.param(Case((9, 10, 7), (4, 4, 4), 0.8), marks=pytest.mark.slo
 GATES = ["no gate", "gate", "ungated"]
 GATE_FIRST = ["gate", *(pytest.param(kind, marks=pytest.mark.slow) for kind in GATES[::2])]
 """A gate takes in both branches: the fast tests that are long make do with it."""
-NAMES = ("grad_q", "grad_k", "grad_v", "grad_gate")
-Inputs = list[Tensor]
-Attend = Callable[..., tuple[Tensor, Tensor]]
-
-
-class Selections(TorchDispatchMode):
-    """Keeps the tiles that are selected while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.chosen: list[vsa_oracle.Chosen] = []
-        self.counts: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is OPS.top_k_blocks.default:
-            indices, counts = result
-            self.counts |= set(counts.flatten().tolist())
-            width = max(self.counts)
-            self.chosen.append(indices[..., :width].tolist())
-        return result
 
 
 def vsa(case: Case, **changes: Any) -> Attend:
@@ -103,25 +88,6 @@ def tensors(
     ]
 
 
-def outcome(attend: Attend, inputs: Inputs, weights: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Output, log-sum-exp and every gradient, through both."""
-    leaves = [each.detach().requires_grad_(each.requires_grad) for each in inputs]
-    out, lse = attend(*leaves)
-    results = {"out": out.detach(), "lse": lse.detach()}
-    wanted = [each for each in leaves if each.requires_grad]
-    outputs = out, lse.masked_fill(lse.isinf(), 0.0)
-    grads = torch.autograd.grad(
-        outputs, wanted, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)]
-    )
-    names = [name for name, leaf in zip(NAMES, leaves, strict=False) if leaf.requires_grad]
-    return results | dict(zip(names, grads, strict=True))
-
-
-def weights_for(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    q = inputs[0]
-    return torch.randn(q.shape).to(q.dtype), torch.randn(q.shape[:-1])
-
-
 def loops(
     case: Case, chosen: vsa_oracle.Chosen | None = None, rounding: torch.dtype | None = None
 ) -> Attend:
@@ -134,10 +100,6 @@ def loops(
         return result.out, result.lse
 
     return attend
-
-
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return [each.detach().to(dtype).requires_grad_(each.requires_grad) for each in inputs]
 
 
 def of_kind(case: Case, kind: str) -> Case:
@@ -231,10 +193,6 @@ def test_any_layout_gives_what_the_reference_gives(
     expected = outcome(reference, [q, k, v, *gate], weights)
     for each, other in zip(actual.values(), expected.values(), strict=True):
         torch.testing.assert_close(each, other)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("kind", GATE_FIRST)
@@ -428,10 +386,6 @@ def test_any_head_size_agrees_with_the_loops(head_dim: int) -> None:
         torch.testing.assert_close(each, expected[name])
 
 
-def over_blhd(x: Tensor) -> Tensor:
-    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "key mask"])
 def test_strides_of_inputs_do_not_matter_and_those_of_the_output_are_the_kernel_ops(
@@ -528,13 +482,6 @@ def test_the_traced_op_is_one_selection_and_one_kernel_op() -> None:
 
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-
-
-def assert_same_outcome(compiled: Attend, eager: Attend, inputs: Inputs) -> None:
-    weights = weights_for(inputs)
-    actual, expected = (outcome(each, inputs, weights) for each in (compiled, eager))
-    for name, each in actual.items():
-        torch.testing.assert_close(each, expected[name])
 
 
 @pytest.mark.usefixtures("fresh_compiler")
