@@ -5,7 +5,6 @@ python examples/finetune_sla.py --out runs/finetune_sla
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import torch
 from moving_shapes._arguments import parsed
 from moving_shapes._arguments import parser
 from moving_shapes._report import gap_percent
+from moving_shapes._report import new_console
 from moving_shapes._report import plot
 from moving_shapes._report import print_table
-from moving_shapes._report import require_extras
-from moving_shapes._report import save_results
+from moving_shapes._results import Results
 from moving_shapes._run import Run
 from moving_shapes._training import PROJECTION
 from moving_shapes._training import Curve
@@ -35,15 +34,11 @@ import compiled_sparse as cs
 BLOCK_Q, BLOCK_K = (2, 4, 4), (1, 4, 4)
 
 
-@dataclass(frozen=True)
-class Results:
-    """What was measured, all losses on the held-out videos.
+@dataclass(frozen=True, kw_only=True)
+class SLAResults(Results):
+    """What was measured with SLA. Before fine-tuning it is its sparse branch alone.
 
     Args:
-        trivial: Loss of predicting zero.
-        dense_before: Dense, before fine-tuning.
-        dense: Dense, fine-tuned.
-        zero_shot: SLA, before fine-tuning: its sparse branch alone, since the projection is zero.
         first_stage: SLA, after training the projections alone.
         sla: SLA, after both stages.
         sparse: The sparse branch alone, fine-tuned.
@@ -52,13 +47,8 @@ class Results:
         reload_difference: Largest difference between predictions of the fine-tuned model and of a
             new one with its checkpoint.
         compilations: To how many programs the SLA model was compiled, by stage.
-        seconds: Time it took.
     """
 
-    trivial: float
-    dense_before: float
-    dense: float
-    zero_shot: float
     first_stage: float
     sla: float
     sparse: float
@@ -66,7 +56,16 @@ class Results:
     sparse_gap_percent: float
     reload_difference: float
     compilations: tuple[int, ...]
-    seconds: float
+
+    def losses(self) -> dict[str, float]:
+        """Return the rows of the table."""
+        return {
+            **self.dense_losses(),
+            "SLA, before fine-tuning": self.zero_shot,
+            "SLA, projections trained": self.first_stage,
+            "SLA, fine-tuned": self.sla,
+            "sparse branch alone, fine-tuned": self.sparse,
+        }
 
 
 class Stages:
@@ -115,7 +114,7 @@ def published(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(ours, theirs): each for name, each in model.state_dict().items()}
 
 
-def compare(run: Run) -> Results:
+def compare(run: Run) -> SLAResults:
     """Train dense, fine-tune dense, SLA and its sparse branch from the same weights, and compare.
 
     Args:
@@ -146,7 +145,7 @@ def compare(run: Run) -> Results:
     (dense_before, *_, dense_loss), (zero_shot, *_, sla_loss), (*_, sparse_loss) = (
         each.evaluated.values() for each in (dense_curve, stages.curve, sparse_curve)
     )
-    return Results(
+    return SLAResults(
         trivial=run.evaluate(predict_zero),
         dense_before=dense_before,
         dense=dense_loss,
@@ -175,8 +174,8 @@ def largest_difference(run: Run, one: Velocity, other: Velocity) -> float:
     return (one(video, batch.time) - other(video, batch.time)).abs().max().item()
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments.
+def main(argv: Sequence[str] | None = None) -> SLAResults:
+    """Run the example; return what was measured.
 
     Args:
         argv: Words of the command line; None: those of this process.
@@ -186,36 +185,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument(
         "--projection-share", type=float, default=0.1, help="of the steps, for projections alone"
     )
-    return parsed(own, argv)
-
-
-def main(argv: Sequence[str] | None = None) -> Results:
-    """Run the example; return what was measured.
-
-    Args:
-        argv: Words of the command line; None: those of this process.
-    """
-    arguments = parse(argv)
-    require_extras()
-    from rich.console import Console
-
-    console = Console()
-    console.print("The first step of each kind compiles, the first sparse one builds a C++ kernel.")
+    arguments = parsed(own, argv)
+    console = new_console()
     results = compare(Run(arguments, console))
-    losses = {
-        "predicting zero": results.trivial,
-        "dense, before fine-tuning": results.dense_before,
-        "dense, fine-tuned": results.dense,
-        "SLA, before fine-tuning": results.zero_shot,
-        "SLA, projections trained": results.first_stage,
-        "SLA, fine-tuned": results.sla,
-        "sparse branch alone, fine-tuned": results.sparse,
-    }
-    print_table(console, losses, "dense, fine-tuned")
+    results.save(arguments.out)
+    print_table(console, results.losses(), "dense, fine-tuned")
     console.print(f"compilations of the SLA model by stage: {results.compilations}")
     console.print(f"saved and loaded, predictions differ by {results.reload_difference:.1e}")
     console.print(f"{results.seconds:.0f} s; files are in {arguments.out}")
-    save_results(arguments.out, results)
     return results
 
 

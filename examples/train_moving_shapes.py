@@ -15,10 +15,10 @@ from moving_shapes._arguments import parsed
 from moving_shapes._arguments import parser
 from moving_shapes._ramp import RampRun
 from moving_shapes._report import gap_percent
+from moving_shapes._report import new_console
 from moving_shapes._report import plot
 from moving_shapes._report import print_table
-from moving_shapes._report import require_extras
-from moving_shapes._report import save_results
+from moving_shapes._results import Results
 from moving_shapes._training import GATE
 from moving_shapes._training import predict_zero
 from torch._dynamo.utils import counters
@@ -26,36 +26,26 @@ from torch._dynamo.utils import counters
 import compiled_sparse as cs
 
 
-@dataclass(frozen=True)
-class Results:
-    """What was measured, all losses on the held-out videos.
+@dataclass(frozen=True, kw_only=True)
+class VSAResults(Results):
+    """What was measured with VSA.
 
     Args:
-        trivial: Loss of predicting zero.
-        dense_before: Dense, before fine-tuning.
-        dense: Dense, fine-tuned.
-        zero_shot: Sparse, before fine-tuning.
         sparse: Sparse, fine-tuned.
         reloaded: Sparse, from the saved checkpoint in a new model.
         gap_percent: By how much `sparse` is above `dense`.
         compilations: How many programs the sparse model was compiled to.
         windows: Sliding windows instead of chosen tiles, fine-tuned alike, where asked for.
-        seconds: Time it took.
     """
 
-    trivial: float
-    dense_before: float
-    dense: float
-    zero_shot: float
     sparse: float
     reloaded: float
     gap_percent: float
     compilations: int
     windows: float | None
-    seconds: float
 
 
-def compare(run: RampRun) -> Results:
+def compare(run: RampRun) -> VSAResults:
     """Train dense, fine-tune dense and sparse from the same weights, evaluate, save and plot.
 
     Args:
@@ -83,7 +73,7 @@ def compare(run: RampRun) -> Results:
     run.save(dense_model.state_dict(), "dense_finetuned")
     windows = fine_tuned_windows(run, checkpoint) if arguments.windows else None
     plot(arguments.plot, {"dense": dense_curve, "VSA": sparse_curve})
-    return Results(
+    return VSAResults(
         trivial=run.evaluate(predict_zero),
         dense_before=dense_before,
         dense=dense_loss,
@@ -123,23 +113,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parsed(own, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> Results:
+def main(argv: Sequence[str] | None = None) -> VSAResults:
     """Run the example; return what was measured.
 
     Args:
         argv: Words of the command line; None: those of this process.
     """
     arguments = parse(argv)
-    require_extras()
-    from rich.console import Console
-
-    console = Console()
-    console.print("The first step of each kind compiles, the first sparse one builds a C++ kernel.")
+    console = new_console()
     results = compare(RampRun(arguments, console))
     losses = {
-        "predicting zero": results.trivial,
-        "dense, before fine-tuning": results.dense_before,
-        "dense, fine-tuned": results.dense,
+        **results.dense_losses(),
         "VSA, before fine-tuning": results.zero_shot,
         "VSA, fine-tuned": results.sparse,
         "VSA, saved and loaded": results.reloaded,
@@ -149,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     print_table(console, losses, "dense, fine-tuned")
     console.print(f"{results.compilations} compilation of the sparse model for all sparsities")
     console.print(f"{results.seconds:.0f} s; files are in {arguments.out}")
-    save_results(arguments.out, results)
+    results.save(arguments.out)
     return results
 
 

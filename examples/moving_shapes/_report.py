@@ -1,16 +1,13 @@
-"""What the examples show: a progress bar, a table, the loss curves, and a file of results."""
+"""What the examples show: a progress bar, a table, and the loss curves."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
-from typing import Any
 
 from compiled_sparse.errors import MissingExtraError
 from moving_shapes._training import Curve
@@ -25,8 +22,8 @@ _DENSE, _SPARSE, _CHANGE = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito
 _SMOOTHING = 0.98  # batches are small and times random: single losses differ tenfold
 
 
-def require_extras() -> None:
-    """Check what the examples need beside the package, before minutes of training.
+def new_console() -> Console:
+    """Return where an example shows what it does, which needs more than the package.
 
     Raises:
         MissingExtraError: if a package of the train extra is not installed.
@@ -37,6 +34,11 @@ def require_extras() -> None:
         except ImportError:
             purpose = "the training example"
             raise MissingExtraError(package, extra="train", purpose=purpose) from None
+    from rich.console import Console
+
+    console = Console()
+    console.print("The first step of each kind compiles, the first sparse one builds a C++ kernel.")
+    return console
 
 
 @contextmanager
@@ -114,17 +116,6 @@ def plot(path: Path, curves: Mapping[str, Curve]) -> None:
     losses = [loss for curve in curves.values() for loss in _shown(curve)]
     axes[0].set_ylim(0.98 * min(losses), 1.08 * max(losses))
     figure.savefig(path)
-
-
-def save_results(folder: Path, results: Any) -> None:
-    """Write what was measured as JSON.
-
-    Args:
-        folder: Where to.
-        results: A dataclass.
-    """
-    document = json.dumps(asdict(results), indent=2)
-    (folder / "results.json").write_text(document + "\n", encoding="utf-8")
 
 
 def _draw(axes: Axes, curve: Curve, colour: str, name: str) -> None:
