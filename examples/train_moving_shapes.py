@@ -6,57 +6,46 @@ python examples/train_moving_shapes.py --out runs/moving_shapes
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from moving_shapes._data import CHANNELS
+from moving_shapes._arguments import parsed
+from moving_shapes._arguments import parser
+from moving_shapes._ramp import RampRun
 from moving_shapes._report import gap_percent
+from moving_shapes._report import new_console
 from moving_shapes._report import plot
 from moving_shapes._report import print_table
-from moving_shapes._report import require_extras
-from moving_shapes._run import GATE
-from moving_shapes._run import Run
-from moving_shapes._training import evaluate
+from moving_shapes._results import Results
+from moving_shapes._training import GATE
+from moving_shapes._training import predict_zero
 from torch._dynamo.utils import counters
 
 import compiled_sparse as cs
 
 
-@dataclass(frozen=True)
-class Results:
-    """What was measured, all losses on the held-out videos.
+@dataclass(frozen=True, kw_only=True)
+class VSAResults(Results):
+    """What was measured with VSA.
 
     Args:
-        trivial: Loss of predicting zero.
-        dense_before: Dense, before fine-tuning.
-        dense: Dense, fine-tuned.
-        zero_shot: Sparse, before fine-tuning.
         sparse: Sparse, fine-tuned.
         reloaded: Sparse, from the saved checkpoint in a new model.
         gap_percent: By how much `sparse` is above `dense`.
         compilations: How many programs the sparse model was compiled to.
         windows: Sliding windows instead of chosen tiles, fine-tuned alike, where asked for.
-        seconds: Time it took.
     """
 
-    trivial: float
-    dense_before: float
-    dense: float
-    zero_shot: float
     sparse: float
     reloaded: float
     gap_percent: float
     compilations: int
     windows: float | None
-    seconds: float
 
 
-def compare(run: Run) -> Results:
+def compare(run: RampRun) -> VSAResults:
     """Train dense, fine-tune dense and sparse from the same weights, evaluate, save and plot.
 
     Args:
@@ -68,25 +57,24 @@ def compare(run: Run) -> Results:
     dense_model = run.new_model()
     dense = run.train_dense(dense_model)
     dense_before = run.evaluate(dense)
-    checkpoint = run.save(dense_model, "dense")
+    checkpoint = run.save(dense_model.state_dict(), "dense")
 
     programs = counters["stats"]["unique_graphs"]
     sparse_model, sparse = run.attached(vsa, checkpoint)
     zero_shot = run.evaluate(sparse)
-    sparse_curve = run.fine_tune("fine-tuning, VSA", sparse_model, sparse, ramp=True)
+    sparse_curve = run.fine_tune_ramped("fine-tuning, VSA", sparse_model, sparse)
     sparse_loss = run.evaluate(sparse)
-    saved = run.save(sparse_model, "vsa")
+    saved = run.save(sparse_model.state_dict(), "vsa")
     compilations = counters["stats"]["unique_graphs"] - programs
     reloaded = run.evaluate(run.attached(vsa, saved)[1])
 
-    dense_curve = run.fine_tune("fine-tuning, dense", dense_model, dense, ramp=False)
+    dense_curve = run.fine_tune("fine-tuning, dense", dense_model, dense)
     dense_loss = run.evaluate(dense)
-    run.save(dense_model, "dense_finetuned")
+    run.save(dense_model.state_dict(), "dense_finetuned")
     windows = fine_tuned_windows(run, checkpoint) if arguments.windows else None
-    plot(run.folder / "losses.png" if arguments.plot is None else arguments.plot,
-         dense_curve, sparse_curve)  # fmt: skip
-    return Results(
-        trivial=evaluate(lambda video, time: torch.zeros_like(video[:, :CHANNELS]), run.held_out),
+    plot(arguments.plot, {"dense": dense_curve, "VSA": sparse_curve})
+    return VSAResults(
+        trivial=run.evaluate(predict_zero),
         dense_before=dense_before,
         dense=dense_loss,
         zero_shot=zero_shot,
@@ -99,7 +87,7 @@ def compare(run: Run) -> Results:
     )
 
 
-def fine_tuned_windows(run: Run, checkpoint: Path) -> float:
+def fine_tuned_windows(run: RampRun, checkpoint: Path) -> float:
     """Return the loss of sliding windows after the same fine-tuning.
 
     They hold up to six tiles, more than the four that VSA chooses at its default sparsity.
@@ -109,7 +97,7 @@ def fine_tuned_windows(run: Run, checkpoint: Path) -> float:
         checkpoint: The dense weights.
     """
     model, compiled = run.attached(cs.STA(window_thw=(3, 1, 3), tile_thw=(4, 4, 4)), checkpoint)
-    run.fine_tune("fine-tuning, windows", model, compiled, ramp=False)
+    run.fine_tune("fine-tuning, windows", model, compiled)
     return run.evaluate(compiled)
 
 
@@ -119,44 +107,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Args:
         argv: Words of the command line; None: those of this process.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="steps of dense training")
-    parser.add_argument("--finetune-steps", type=int, default=400, help="steps of each copy")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="share of tiles left out")
-    parser.add_argument("--batch", type=int, default=2, help="videos in a batch")
-    parser.add_argument("--held-out", type=int, default=96, help="videos to evaluate on")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and training videos")
-    parser.add_argument("--out", type=Path, default=Path("moving_shapes"), help="folder to write")
-    parser.add_argument(
-        "--plot", type=Path, help="the picture; losses.png in the folder if left out"
-    )
-    parser.add_argument("--windows", action="store_true", help="fine-tune sliding windows, too")
-    parser.add_argument("--inner", default="inductor", help="who compiles; aot_eager starts sooner")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        arguments.steps, arguments.finetune_steps, arguments.held_out = 8, 12, 8
-        arguments.inner = "aot_eager"
-    return arguments
+    own = parser(__doc__.splitlines()[0], out="moving_shapes")
+    own.add_argument("--sparsity", type=float, default=0.9, help="share of tiles left out")
+    own.add_argument("--windows", action="store_true", help="fine-tune sliding windows, too")
+    return parsed(own, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> Results:
+def main(argv: Sequence[str] | None = None) -> VSAResults:
     """Run the example; return what was measured.
 
     Args:
         argv: Words of the command line; None: those of this process.
     """
     arguments = parse(argv)
-    require_extras()
-    from rich.console import Console
-
-    console = Console()
-    console.print("The first step of each kind compiles, the first sparse one builds a C++ kernel.")
-    results = compare(Run(arguments, console))
+    console = new_console()
+    results = compare(RampRun(arguments, console))
     losses = {
-        "predicting zero": results.trivial,
-        "dense, before fine-tuning": results.dense_before,
-        "dense, fine-tuned": results.dense,
+        **results.dense_losses(),
         "VSA, before fine-tuning": results.zero_shot,
         "VSA, fine-tuned": results.sparse,
         "VSA, saved and loaded": results.reloaded,
@@ -166,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     print_table(console, losses, "dense, fine-tuned")
     console.print(f"{results.compilations} compilation of the sparse model for all sparsities")
     console.print(f"{results.seconds:.0f} s; files are in {arguments.out}")
-    document = json.dumps(asdict(results), indent=2)
-    (arguments.out / "results.json").write_text(document + "\n", encoding="utf-8")
+    results.save(arguments.out)
     return results
 
 

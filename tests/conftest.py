@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -72,3 +74,12 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def importable_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let tests import the examples, which see the modules beside them as scripts do."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples"))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "moving_shapes"]:
+        del sys.modules[name]

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _examples_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A script sees the modules beside it."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "moving_shapes"]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("importable_examples")
 
 
 def test_a_seed_gives_the_same_videos_and_another_one_others() -> None:

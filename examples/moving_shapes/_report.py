@@ -1,4 +1,4 @@
-"""What the training example shows: a progress bar, a table, and the loss curves."""
+"""What the examples show: a progress bar, a table, and the loss curves."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
 
-_DENSE, _SPARSE, _RAMP = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito
+_DENSE, _SPARSE, _CHANGE = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito
 _SMOOTHING = 0.98  # batches are small and times random: single losses differ tenfold
 
 
-def require_extras() -> None:
-    """Check what the example needs beside the package, before minutes of training.
+def new_console() -> Console:
+    """Return where an example shows what it does, which needs more than the package.
 
     Raises:
         MissingExtraError: if a package of the train extra is not installed.
@@ -34,6 +34,11 @@ def require_extras() -> None:
         except ImportError:
             purpose = "the training example"
             raise MissingExtraError(package, extra="train", purpose=purpose) from None
+    from rich.console import Console
+
+    console = Console()
+    console.print("The first step of each kind compiles, the first sparse one builds a C++ kernel.")
+    return console
 
 
 @contextmanager
@@ -88,32 +93,28 @@ def gap_percent(loss: float, baseline: float) -> float:
     return 100 * (loss / baseline - 1)
 
 
-def plot(path: Path, dense: Curve, sparse: Curve) -> None:
-    """Draw the losses of fine-tuning side by side, the sparsity on a second axis.
+def plot(path: Path, curves: Mapping[str, Curve]) -> None:
+    """Draw the losses of fine-tuning side by side.
 
     Args:
         path: The PNG to write.
-        dense: The dense run.
-        sparse: The sparse run.
+        curves: By name; the others are compared with the first, which is dense.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), dpi=100, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    _draw(axes[0], dense, _DENSE, "dense")
-    _draw(axes[1], sparse, _SPARSE, "VSA")
-    axes[0].set_ylabel("flow matching loss")
+    figure = Figure(figsize=(4.5 * len(curves), 4), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(curves), sharey=True)
+    dense, *_ = curves.values()
     final = list(dense.evaluated.values())[-1]
-    axes[1].axhline(final, color=_DENSE, linestyle=":", label="held out, dense at the end")
-    held_out = [*dense.evaluated.values(), *sparse.evaluated.values()]
-    losses = [*_smoothed(dense.train), *_smoothed(sparse.train), *held_out]
-    axes[0].set_ylim(0.98 * min(losses), 1.08 * max(losses))
-    ramp = axes[1].twinx()
-    ramp.plot(range(1, len(sparse.sparsity) + 1), sparse.sparsity, color=_RAMP, linewidth=1)
-    ramp.set_ylabel("sparsity", color=_RAMP)
-    ramp.set_ylim(0, 1.5)  # above the ramp is the legend
-    for each in axes:
+    for each, (name, curve) in zip(axes, curves.items(), strict=True):
+        _draw(each, curve, _DENSE if curve is dense else _SPARSE, name)
+        if curve is not dense:
+            each.axhline(final, color=_DENSE, linestyle=":", label="held out, dense at the end")
+        _draw_changes(each, curve)
         each.legend(loc="upper right", fontsize=8)
+    axes[0].set_ylabel("flow matching loss")
+    losses = [loss for curve in curves.values() for loss in _shown(curve)]
+    axes[0].set_ylim(0.98 * min(losses), 1.08 * max(losses))
     figure.savefig(path)
 
 
@@ -124,6 +125,22 @@ def _draw(axes: Axes, curve: Curve, colour: str, name: str) -> None:
     axes.plot(done, losses, "o", color=colour, markeredgecolor="black", label="held out")
     axes.set_title(f"fine-tuning: {name}")
     axes.set_xlabel("step")
+
+
+def _draw_changes(axes: Axes, curve: Curve) -> None:
+    """Draw what changed during a run: its stages, and its sparsity on a second axis."""
+    for step in curve.stages:
+        axes.axvline(step, color=_CHANGE, linewidth=1, label="all weights from here on")
+    if curve.sparsity:
+        ramp = axes.twinx()
+        ramp.plot(range(1, len(curve.sparsity) + 1), curve.sparsity, color=_CHANGE, linewidth=1)
+        ramp.set_ylabel("sparsity", color=_CHANGE)
+        ramp.set_ylim(0, 1.5)  # above the ramp is the legend
+
+
+def _shown(curve: Curve) -> list[float]:
+    """Return all losses of a curve that are drawn."""
+    return [*_smoothed(curve.train), *curve.evaluated.values()]
 
 
 def _smoothed(values: list[float]) -> list[float]:

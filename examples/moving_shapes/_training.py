@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import nn
 
+from moving_shapes._data import CHANNELS
 from moving_shapes._data import Batch
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-GATE_RATE = 5.0  # gates start at zero and have few steps to get anywhere
+GATE, PROJECTION = "to_gate_compress", "proj_l"
+LEARNED_RATE = 5.0  # what attaching adds starts at zero and has few steps to get anywhere
 
 
 @dataclass
@@ -30,12 +32,14 @@ class Curve:
     Args:
         train: Loss of each step.
         evaluated: Loss on the fixed set, by number of steps done.
-        sparsity: Sparsity of each step; empty for dense attention.
+        sparsity: Sparsity of each step, if it changes.
+        stages: Number of steps done when another stage began.
     """
 
     train: list[float] = field(default_factory=list)
     evaluated: dict[int, float] = field(default_factory=dict)
     sparsity: list[float] = field(default_factory=list)
+    stages: list[int] = field(default_factory=list)
 
 
 def flow_loss(model: Velocity, batch: Batch) -> Tensor:
@@ -54,20 +58,31 @@ def flow_loss(model: Velocity, batch: Batch) -> Tensor:
     return F.mse_loss(velocity[:, :, 1:], (batch.noise - batch.clean)[:, :, 1:])
 
 
-def optimiser(model: nn.Module, rate: float, gate: str) -> torch.optim.Optimizer:
-    """Return AdamW with the learned gates in a group of their own: faster, and not decayed.
+def optimiser(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Return AdamW with the learned layers in a group of their own: faster, and not decayed.
 
     Args:
-        model: The model, attached already where it is sparse: the gates come with that.
+        model: The model, attached already where it is sparse: the learned layers come with that.
+            What needs no gradient is left out.
         rate: Learning rate of everything else.
-        gate: Name of the gates.
     """
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
-        groups[gate in name.split(".")].append(parameter)
-    gates = {"params": groups[True], "lr": GATE_RATE * rate, "weight_decay": 0.0}
+        if parameter.requires_grad:
+            groups[is_learned(name)].append(parameter)
     others = {"params": groups[False], "lr": rate, "weight_decay": 0.01}
-    return torch.optim.AdamW([others, *([gates] if groups[True] else [])], betas=(0.9, 0.98))
+    learned = {"params": groups[True], "lr": LEARNED_RATE * rate, "weight_decay": 0.0}
+    given = [group for group in (others, learned) if group["params"]]
+    return torch.optim.AdamW(given, betas=(0.9, 0.98))
+
+
+def is_learned(name: str) -> bool:
+    """Return whether a parameter belongs to a layer that attaching has added.
+
+    Args:
+        name: Its full name.
+    """
+    return not {GATE, PROJECTION}.isdisjoint(name.split("."))
 
 
 def warm_up(steps: int = 30) -> Callable[[int], float]:
@@ -136,3 +151,13 @@ def evaluate(model: Velocity, held_out: Iterable[Batch]) -> float:
     """
     losses = [flow_loss(model, batch).item() for batch in held_out]
     return sum(losses) / len(losses)
+
+
+def predict_zero(video: Tensor, time: Tensor) -> Tensor:
+    """Return a velocity of zero: the loss of knowing nothing.
+
+    Args:
+        video: The noisy video, and 1 where it is given.
+        time: The time of the diffusion.
+    """
+    return torch.zeros_like(video[:, :CHANNELS])
