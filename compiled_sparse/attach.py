@@ -343,7 +343,16 @@ def _checked_names(
 
 def _wanted(configs: Iterable[MechanismConfig]) -> Names:
     given = list(configs)
-    return tuple(learned.wanted(given) for learned in LEARNED)
+    names = tuple(learned.wanted(given) for learned in LEARNED)
+    found = [name for name in names if name is not None]
+    if len(set(found)) < len(found):
+        raise AttachError(
+            "a learned gate and a learned projection have one name",
+            got=f"{found[0]!r} for both",
+            expected="two names: they are two layers",
+            next_step="change gate= or proj= of the configs",
+        )
+    return names
 
 
 def _check_names(module: nn.Module, names: Names) -> None:

@@ -286,7 +286,7 @@ def _linear(
     outermost = [name for name in linears if name.count(".") == depth]
     if len(outermost) != 1:
         raise CheckpointError(
-            "a gate is not a linear layer of the model",
+            "a gate or projection is not a linear layer of the model",
             got=f"{path!r}, with {len(outermost)} linear layers",
             expected="paths of nn.Linear modules with a weight, or of modules that wrap one",
             next_step=f'pass gates=["blocks.0.attn1.{GATE}", ...]',

@@ -121,7 +121,18 @@ class SLA(MechanismConfig):
         return self.proj
 
     def with_sparsity(self, sparsity: float) -> MechanismConfig:
-        """Return the config that keeps the share 1 - sparsity."""
+        """Return the config that keeps the share 1 - sparsity.
+
+        Raises:
+            ConfigError: if the sparsity is out of range.
+        """
+        if not 0 <= sparsity < 1:
+            raise ConfigError(
+                f"a sparsity for {type(self).__name__} is out of range",
+                got=f"sparsity={sparsity!r}",
+                expected="a number in [0, 1): the fraction of key blocks to leave out",
+                next_step="pass sparsity=0.9, for instance, which keeps a tenth",
+            )
         return dataclasses.replace(self, topk_ratio=ratio_at(sparsity))
 
     def resolve_tile(self, grid: tuple[int, ...]) -> tuple[int, ...]:

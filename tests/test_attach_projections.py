@@ -327,3 +327,9 @@ def test_explain_tells_the_density_at_the_sparsity_of_the_call() -> None:
         assert site.mechanism == CONFIG.describe()
         densities.append(site.density)
     assert densities == [1.0, pytest.approx(7 / 15, abs=0.02)]
+
+
+def test_a_gate_cannot_share_the_name_of_a_projection() -> None:
+    policy = {"self:*": cs.VSA(gate="learned"), "joint:*": cs.SLA(proj="learned")}
+    with pytest.raises(AttachError, match="have one name"):
+        cs.attach(TinyDiT(), policy)

@@ -456,11 +456,19 @@ CASES = {
     ),
     "path of a gate": Case(
         errors.CheckpointError,
-        "a gate is not a linear layer of the model",
+        "a gate or projection is not a linear layer of the model",
         "'gate', with 0 linear layers",
         "nn.Linear modules with a weight, or of modules that wrap one",
         "blocks.0.attn1.to_gate_compress",
         lambda: load_with_gates(LINEAR, ["gate"], {}),
+    ),
+    "sparsity for SLA": Case(
+        errors.ConfigError,
+        "a sparsity for SageSLA is out of range",
+        "sparsity=1.5",
+        "in [0, 1)",
+        "keeps a tenth",
+        lambda: cs.SageSLA().with_sparsity(1.5),
     ),
     "gates without a place": Case(
         errors.CheckpointError,
