@@ -260,7 +260,7 @@ def test_the_mode_argument_reaches_the_backend() -> None:
     [
         ({"polixy": "sta"}, "did you mean policy"),
         ({"inner": "tvm"}, "one of inductor, aot_eager, eager"),
-        ({"policy": "stb"}, "one of auto, dense, sta"),
+        ({"policy": "stb"}, "one of auto, dense, sage_sla, sla, sta"),
         ({"mode": "fast"}, "reduce-overhead"),
     ],
 )

@@ -213,7 +213,8 @@ def test_a_grid_with_other_axes_than_the_config_has_no_tile(tile: object) -> Non
 
 
 def test_every_mechanism_is_registered_by_its_name() -> None:
-    assert known_mechanisms() == ("auto", "dense", "sta", "swba", "vsa")
+    names = ("auto", "dense", "sage_sla", "sla", "sta", "swba", "vsa")
+    assert known_mechanisms() == names
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_spec_strings_are_read_with_any_spaces_and_case(spec: str, config: objec
 
 @pytest.mark.parametrize("name", ["", "stta", "none", ":window_thw=3x3x3"])
 def test_an_unknown_mechanism_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(UnknownMechanismError, match="auto, dense, sta"):
+    with pytest.raises(UnknownMechanismError, match="auto, dense, sage_sla, sla, sta"):
         parse_spec(name)
 
 

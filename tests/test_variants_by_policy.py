@@ -149,7 +149,7 @@ def test_an_unknown_value_is_an_error_of_the_call(
     compiled = compile_sparse(model)
     compiled(*inputs)
     monkeypatch.setenv(VARIABLE, "sliding")
-    with pytest.raises(UnknownMechanismError, match="auto, dense, sta"):
+    with pytest.raises(UnknownMechanismError, match="auto, dense, sage_sla, sla, sta"):
         compiled(*inputs)
 
 

@@ -37,7 +37,10 @@ _FEWEST_ROWS = 32
 """As many keys as a product of eight-bit operands sums at least."""
 
 _STAGES = 3
-_QUANTIZER_WARPS = 16
+_QUANTIZER_WARPS = {"sm_120": 16}
+_OTHER_QUANTIZER_WARPS = 8
+"""As few as spill nothing."""
+
 _CHIPS_WITH_ROOM = ("sm_90", "sm_100", "gfx942")
 
 
@@ -154,9 +157,8 @@ def _quantize_queries(
         *(*sizes, *blocks.grid, before, behind),
     )
     programs = q.shape[0] * q.shape[1] * blocks.number
-    launch.run(
-        quantize_queries, programs, arguments, _constants(call, q, blocks), warps=_QUANTIZER_WARPS
-    )
+    warps = _QUANTIZER_WARPS.get(tuning.current_chip(), _OTHER_QUANTIZER_WARPS)
+    launch.run(quantize_queries, programs, arguments, _constants(call, q, blocks), warps=warps)
     return codes, scales
 
 
