@@ -11,6 +11,7 @@ from attending import OPS
 from attending import Inputs
 from attending import Selections
 from attending import assert_same_outcome
+from attending import assert_same_sums
 from attending import cast
 from attending import outcome
 from attending import over_blhd
@@ -143,7 +144,8 @@ def test_dynamic_lengths_take_at_most_two_compilations(
         if training:
             grads = torch.autograd.grad(out.square().sum(), inputs)
             expected_grads = torch.autograd.grad(expected[0].square().sum(), inputs)
-            torch.testing.assert_close(grads, expected_grads)
+            for actual, wanted in zip(grads, expected_grads, strict=True):
+                assert_same_sums(actual, wanted)
     assert counter.frame_count <= 2
 
 
