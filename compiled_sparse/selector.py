@@ -253,13 +253,7 @@ def call_supported(
     capabilities = capabilities.on_device(call.device)
     if call.dtype not in capabilities.dtypes:
         return Refused("dtype_unsupported", str(call.dtype))
-    sizes = capabilities.head_dims
-    known = isinstance(call.head_dim, int) and call.head_dim <= capabilities.max_head_dim
-    if (
-        not known
-        or (sizes is not None and call.head_dim not in sizes)
-        or call.value_dim != call.head_dim
-    ):
+    if not capabilities.takes_head_dim(call.head_dim) or call.value_dim != call.head_dim:
         detail = f"{call.head_dim} for queries, {call.value_dim} for values"
         return Refused("head_dim_unsupported", detail)
     if call.device not in capabilities.devices:

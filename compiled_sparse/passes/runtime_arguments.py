@@ -65,12 +65,11 @@ class RuntimeArguments:
             config: The config the op is for.
         """
         refused = self._gate_refusal(config) if "gate" in names else None
-        if "proj_weight" in names:
+        if refused is None and "proj_weight" in names:
             refused = self._projection_refusal(config)
+        is_elsewhere = self._is_projection_elsewhere(config)
         is_read = {"given_sparsity": self._has_sparsity, "gate": False}
-        is_read |= dict.fromkeys(
-            ("proj_weight", "proj_bias"), self._is_projection_elsewhere(config)
-        )
+        is_read |= {"proj_weight": is_elsewhere, "proj_bias": is_elsewhere}
         names = tuple(name for name in names if is_read.get(name, True))
         if refused is not None or not names:
             return refused
@@ -119,11 +118,9 @@ class RuntimeArguments:
         if shape is None or len(shape) != 2 or not all(same(size, head_dim) for size in shape):
             detail = f"{name!r} has a weight {shape}, heads are of size {hint(head_dim)}"
             return Refused("projection_unfit", detail)
-        if self._is_projection_elsewhere(config) and not self._runtime.is_at_root(
-            projection.weight
-        ):
-            return Refused("nested_graph")
-        return None
+        is_elsewhere = self._is_projection_elsewhere(config)
+        is_at_hand = not is_elsewhere or self._runtime.is_at_root(projection.weight)
+        return None if is_at_hand else Refused("nested_graph")
 
     def detail(self, names: tuple[str, ...], config: MechanismConfig) -> str:
         """Return what a report should say about the tensors that the call is not given.
