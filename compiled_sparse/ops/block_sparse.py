@@ -21,11 +21,13 @@ from compiled_sparse.ops.checks import check_lists
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
 from compiled_sparse.ops.checks import resolve_layouts
-from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import block_tokens
 from compiled_sparse.ops.routing import uses_gpu_kernels
+from compiled_sparse.ops.tensors import empty_like_blhd
+from compiled_sparse.ops.tensors import empty_outputs
+from compiled_sparse.ops.tensors import resolve_scale
 
 FORWARD = "block_sparse_attention"
 BACKWARD = "block_sparse_attention_backward"
@@ -115,16 +117,6 @@ def block_sparse_attention(
     return outputs
 
 
-def empty_like_blhd(tensor: Tensor) -> Tensor:
-    """Allocate [B, H, L, D] over [B, L, H, D] memory: `transpose(1, 2).flatten(2)` is then free."""
-    batch, heads, length, head_dim = tensor.shape
-    return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
-
-
-def _resolve_scale(scale: float | None, q: Tensor) -> float:
-    return float(q.shape[-1]) ** -0.5 if scale is None else scale
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -144,9 +136,9 @@ def _forward(
     layouts = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
     check_lists(block_indices, block_counts, q, *layouts)
     arguments = (q, k, v, block_indices, block_counts, key_mask)
-    scale = _resolve_scale(scale, q)
+    scale = resolve_scale(scale, q)
     if uses_gpu_kernels(q):
-        outputs = _empty_outputs(q)
+        outputs = empty_outputs(q)
         gpu.block_sparse_forward(*arguments, *layouts, scale, outputs)
         return outputs
     q_tokens, kv_tokens = map(block_tokens, layouts)
@@ -173,7 +165,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layouts = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
     saved = (q, k, v, out, lse, block_indices, block_counts, key_mask)
-    scale = _resolve_scale(scale, q)
+    scale = resolve_scale(scale, q)
     if uses_gpu_kernels(q):
         gradients = empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
         gpu.block_sparse_backward(grad_out, grad_lse, *saved, *layouts, scale, gradients)
@@ -182,15 +174,11 @@ def _backward(
     return cpu.block_sparse_backward(grad_out, grad_lse, *saved, q_tokens, kv_tokens, scale)
 
 
-def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like_blhd(q), q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
-
-
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     check_tensors(q, k, v, rest[0], (block_indices, block_counts))
-    return _empty_outputs(q)
+    return empty_outputs(q)
 
 
 def _backward_fake(

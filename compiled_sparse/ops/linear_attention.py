@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_sparse.ops.dtypes import product
+from compiled_sparse.ops.tensors import product
 from compiled_sparse.ops.video import per_query_head
 
 _SMALLEST_SUM = 1e-5

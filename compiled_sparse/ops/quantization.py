@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from compiled_sparse.ops.dtypes import compute_dtype
+from compiled_sparse.ops.tensors import compute_dtype
 
 FLOAT8: Final = "float8"
 FLOAT16: Final = "float16"

@@ -21,7 +21,6 @@ from compiled_sparse.errors import ForwardOnlyError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.ops import cpu
 from compiled_sparse.ops import gpu_quantized
-from compiled_sparse.ops.block_sparse import empty_like_blhd
 from compiled_sparse.ops.checks import check_lists
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
@@ -32,6 +31,8 @@ from compiled_sparse.ops.plan import block_tokens
 from compiled_sparse.ops.quantization import FLOAT8
 from compiled_sparse.ops.quantization import FLOAT16
 from compiled_sparse.ops.routing import uses_gpu_kernels
+from compiled_sparse.ops.tensors import empty_outputs
+from compiled_sparse.ops.tensors import resolve_scale
 
 NAME: Final = "quantized_block_sparse_attention"
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,9 +146,9 @@ def _forward(
     layouts = resolve_layouts(q, k, grid, q_tile, kv_tile, text_before, text_after)
     check_lists(block_indices, block_counts, q, *layouts)
     arguments = (q, k, v, block_indices, block_counts, key_mask)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    scale = resolve_scale(scale, q)
     if uses_gpu_kernels(q):
-        outputs = _empty_outputs(q)
+        outputs = empty_outputs(q)
         gpu_quantized.quantized_forward(*arguments, *layouts, scale, values, outputs)
         return outputs
     q_tokens, kv_tokens = map(block_tokens, layouts)
@@ -191,15 +192,11 @@ def _check_head_dim(q: Tensor) -> None:
         )
 
 
-def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like_blhd(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, rest[0], (block_indices, block_counts), rest[-1])
-    return _empty_outputs(q)
+    return empty_outputs(q)
 
 
 def _no_gradient(*args: Any, **kwargs: Any) -> NoReturn:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.ops.autocast import register_autocast_like_sdpa
-from compiled_sparse.ops.dtypes import product
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.linear_attention import linear_attention
 from compiled_sparse.ops.quantization import key_mean
+from compiled_sparse.ops.tensors import product
 from compiled_sparse.ops.video import VideoTiles
 from compiled_sparse.ops.video import best_tiles
 from compiled_sparse.ops.video import check_given_sparsity
@@ -91,8 +91,7 @@ def _block_lists(
     topk_ratio: float,
     given_sparsity: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    for each in tiles:
-        each.check(q, k, v, key_mask)
+    tiles[0].check(q, k, v, key_mask)
     check_given_sparsity(given_sparsity)
     share = topk_ratio if given_sparsity is None else _ratio_at(given_sparsity)
     scores = block_scores(q.detach(), k.detach(), key_mask, *tiles)

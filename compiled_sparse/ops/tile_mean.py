@@ -26,11 +26,11 @@ from compiled_sparse.layout import tiles_along
 from compiled_sparse.ops.checks import check_dtype
 from compiled_sparse.ops.checks import check_length
 from compiled_sparse.ops.checks import check_rank
-from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.library import LIBRARY
 from compiled_sparse.ops.library import NAMESPACE
 from compiled_sparse.ops.plan import block_tokens
 from compiled_sparse.ops.routing import uses_gpu_kernels
+from compiled_sparse.ops.tensors import compute_dtype
 
 _NAME = "tile_mean"
 

@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.layout import tiles_along
-from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.plan import tile_of_token
+from compiled_sparse.ops.tensors import compute_dtype
 from compiled_sparse.ops.tile_mean import tile_mean
 
 _FIRST_AXIS = 2

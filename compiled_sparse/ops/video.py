@@ -21,7 +21,7 @@ from compiled_sparse.layout import tiles_along
 from compiled_sparse.ops.checks import check_length
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
-from compiled_sparse.ops.dtypes import compute_dtype
+from compiled_sparse.ops.tensors import compute_dtype
 from compiled_sparse.ops.tiles import is_traced
 from compiled_sparse.ops.tiles import means_of_tiles
 from compiled_sparse.ops.tiles import sizes_of_tiles

@@ -17,8 +17,8 @@ from torch import Tensor
 from compiled_sparse.errors import DtypeError
 from compiled_sparse.errors import ShapeError
 from compiled_sparse.ops.autocast import register_autocast_like_sdpa
-from compiled_sparse.ops.dtypes import product
 from compiled_sparse.ops.library import LIBRARY
+from compiled_sparse.ops.tensors import product
 from compiled_sparse.ops.tiles import is_traced
 from compiled_sparse.ops.tiles import spread_over_tokens
 from compiled_sparse.ops.video import TileMeans

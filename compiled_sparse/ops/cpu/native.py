@@ -11,9 +11,10 @@ from torch import Tensor
 
 from compiled_sparse.errors import BlockListError
 from compiled_sparse.ops.cpu.build import native_library
-from compiled_sparse.ops.dtypes import compute_dtype
 from compiled_sparse.ops.quantization import FLOAT8
 from compiled_sparse.ops.quantization import FLOAT16
+from compiled_sparse.ops.tensors import empty_like_blhd
+from compiled_sparse.ops.tensors import empty_outputs
 
 _DTYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -80,8 +81,7 @@ def block_sparse_forward(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     block_indices, block_counts = block_indices.contiguous(), block_counts.contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
-    out = _empty_like(q)
-    lse = q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+    out, lse = empty_outputs(q)
     if not q.numel():
         return out, lse  # lists of no batch have no first row to read
     problem = _problem(q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale)
@@ -112,7 +112,7 @@ def block_sparse_backward(
     block_indices, block_counts = block_indices.contiguous(), block_counts.contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
-    grad_q, grad_k, grad_v = _empty_like(q), _empty_like(k), _empty_like(v)
+    grad_q, grad_k, grad_v = empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
     if not q.numel():
         return grad_q, grad_k.zero_(), grad_v.zero_()
     problem = _problem(q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale)
@@ -126,12 +126,6 @@ def block_sparse_backward(
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """Allocate [B, H, L, D] over [B, L, H, D] memory."""
-    B, H, L, D = x.shape
-    return x.new_empty(B, L, H, D).transpose(1, 2)
 
 
 def _tensor(x: Tensor) -> _Tensor:

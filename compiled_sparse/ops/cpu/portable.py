@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiled_sparse.ops.dtypes import compute_dtype
+from compiled_sparse.ops.tensors import compute_dtype
+from compiled_sparse.ops.tensors import empty_like_blhd
+from compiled_sparse.ops.tensors import empty_outputs
 
 _MAX_BLOCKS = 16
 _MAX_QUERIES = 2048
@@ -32,8 +34,7 @@ def block_sparse_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `compiled_sparse.ops.cpu.block_sparse_forward`."""
     lists = Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
-    out = empty_like_blhd(q)
-    lse = q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+    out, lse = empty_outputs(q)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -240,9 +241,3 @@ def _gather(source: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
     rows = source.index_select(0, tokens.flatten()).to(compute_dtype(source))
     rows = rows.view(*tokens.shape, -1)
     return rows if hidden is None else rows.masked_fill_(hidden[..., None], 0)
-
-
-def empty_like_blhd(x: Tensor) -> Tensor:
-    """Allocate [B, H, L, D] over [B, L, H, D] memory."""
-    B, H, L, D = x.shape
-    return x.new_empty(B, L, H, D).transpose(1, 2)

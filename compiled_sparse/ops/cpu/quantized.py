@@ -13,13 +13,13 @@ from torch import Tensor
 
 from compiled_sparse.ops.cpu.portable import Lists
 from compiled_sparse.ops.cpu.portable import Piece
-from compiled_sparse.ops.cpu.portable import empty_like_blhd
 from compiled_sparse.ops.quantization import DTYPES
 from compiled_sparse.ops.quantization import LEVELS
 from compiled_sparse.ops.quantization import PEAKS
 from compiled_sparse.ops.quantization import SMALLEST_SCALE
 from compiled_sparse.ops.quantization import key_mean
 from compiled_sparse.ops.quantization import value_scales
+from compiled_sparse.ops.tensors import empty_outputs
 
 _KEYS_PER_STEP = 512
 
@@ -38,8 +38,7 @@ def quantized_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `compiled_sparse.ops.cpu.quantized_forward`."""
     lists = Lists(block_indices, block_counts, key_mask, q_tokens, kv_tokens)
-    out = empty_like_blhd(q)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out, lse = empty_outputs(q)
     if not q.numel():
         return out, lse
     mean = key_mean(k, key_mask)
