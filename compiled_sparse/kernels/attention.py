@@ -30,8 +30,10 @@ from compiled_sparse.kernels.tuning import Tile
 
 Sides = tuple[int, int, int]
 
+ROW_ELEMENTS = 2048
+"""How many elements a program takes that handles every row by itself."""
+
 _ADDRESS_LIMIT = 2**31
-_ROW_SUM_ELEMENTS = 2048
 
 
 class Geometry(NamedTuple):
@@ -117,7 +119,7 @@ def block_sparse_backward(
     """
     grad_q, grad_k, grad_v = gradients
     delta = torch.empty_like(lse)
-    _row_sums(call, grad_out, grad_lse, out, lse, delta)
+    write_row_sums(grad_out, grad_lse, out, lse, delta)
     query_gradient(call, grad_out, lse, delta, grad_q)
     key_gradients(call, grad_out, lse, delta, grad_k, grad_v)
 
@@ -129,7 +131,7 @@ def forward_rows(call: Call, out: Tensor, lse: Tensor) -> None:
     batch, heads = call.q.shape[:2]
     arguments = (
         *(call.q, call.k, call.v, out, lse, call.indices, call.counts, order, call.key_mask),
-        *map(_strides, (call.q, call.k, call.v, out)),
+        *map(row_strides, (call.q, call.k, call.v, out)),
         *list_strides(call.indices),
         *list_strides(order),
         *_integers(call, call.geometry.q_blocks, heads),
@@ -163,7 +165,7 @@ def forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
         own_order = order if order.shape[0] == 1 else order[entry : entry + 1]
         arguments = (
             *(call.q, call.k, call.v, out, lse, call.indices, call.counts, own_order, *boxes),
-            *map(_strides, (call.q, call.k, call.v, out)),
+            *map(row_strides, (call.q, call.k, call.v, out)),
             *list_strides(call.indices),
             *list_strides(order),
             *(entry, text_blocks, text_before, geometry.k_blocks - text_blocks),
@@ -179,24 +181,20 @@ def forward_boxes(call: Call, out: Tensor, lse: Tensor) -> None:
         )
 
 
-def _row_sums(
-    call: Call,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+def write_row_sums(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, delta: Tensor
 ) -> None:
-    batch, heads, length, head_dim = call.q.shape
-    strides = (_strides(grad_out), _strides(out))
+    """Write `delta`, like `lse`: what the gradients of all scores of a query have in common."""
+    batch, heads, length, head_dim = out.shape
+    strides = (row_strides(grad_out), row_strides(out))
     arguments = (grad_out, out, lse, grad_lse, delta, *strides, heads, length)
-    rows = min(64, _ROW_SUM_ELEMENTS // _padded_head_dim(head_dim))
+    rows = min(64, ROW_ELEMENTS // padded_head_dim(head_dim))
     constants = {
         "HAS_GRAD_LSE": grad_lse is not None,
-        "SUM": _sum_dtype(call.q),
+        "SUM": sum_dtype(out),
         "BLOCK_M": rows,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _padded_head_dim(head_dim),
+        "BLOCK_D": padded_head_dim(head_dim),
     }
     programs = batch * heads * triton.cdiv(length, rows)
     launch.run(row_sums, programs, arguments, constants)
@@ -212,7 +210,7 @@ def query_gradient(
     arguments = (
         *(call.q, call.k, call.v, grad_out, lse, delta, grad_q),
         *(call.indices, call.counts, order, call.key_mask),
-        *map(_strides, (call.q, call.k, call.v, grad_out, grad_q)),
+        *map(row_strides, (call.q, call.k, call.v, grad_out, grad_q)),
         *list_strides(call.indices),
         *list_strides(order),
         *_integers(call, call.geometry.q_blocks, heads),
@@ -245,7 +243,7 @@ def key_gradients(
     arguments = (
         *(call.q, call.k, call.v, grad_out, lse, delta, grad_k, grad_v),
         *(entries, starts, order, call.key_mask),
-        *map(_strides, (call.q, call.k, call.v, grad_out, grad_k, grad_v)),
+        *map(row_strides, (call.q, call.k, call.v, grad_out, grad_k, grad_v)),
         *list_strides(entries),
         *list_strides(starts),
         *list_strides(order),
@@ -264,21 +262,23 @@ def key_gradients(
 def _choose(kernel: str, call: Call, own: Sides, other: Sides) -> Tile:
     sizes = math.prod(own), math.prod(other)
     chip = tuning.current_chip()
-    return tuning.choose(kernel, chip, _kind(call.q.dtype), call.q.shape[-1], *sizes)
+    return tuning.choose(kernel, chip, product_kind(call.q.dtype), call.q.shape[-1], *sizes)
 
 
-def _kind(dtype: torch.dtype) -> str:
+def product_kind(dtype: torch.dtype) -> str:
+    """Return which of `tuning.KINDS` products of a dtype are."""
     if dtype.itemsize == 2:
         return "half"
-    return "tf32" if _precision(dtype) == "tf32" else "float32"
+    return "tf32" if product_precision(dtype) == "tf32" else "float32"
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
+def row_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of a tensor but for the last one, which is 1."""
     return tensor.stride()[:-1]
 
 
 def list_strides(lists: Tensor) -> tuple[int, ...]:
-    """Like `_strides`, and 0 along batch entries or heads where one list holds for all."""
+    """Like `row_strides`, and 0 along batch entries or heads where one list holds for all."""
     strides = lists.stride()[:-1]
     shared = tuple(0 if lists.shape[axis] == 1 else strides[axis] for axis in (0, 1))
     return shared + strides[2:]
@@ -305,7 +305,7 @@ def _constants(call: Call, tile: Tile, *others: Tensor, rows: int, columns: int)
     """
     geometry = call.geometry
     return {
-        "SUM": _sum_dtype(call.q),
+        "SUM": sum_dtype(call.q),
         "Q_TILE": geometry.q_tile,
         "K_TILE": geometry.k_tile,
         "HAS_TEXT": geometry.before + geometry.behind > 0,
@@ -313,13 +313,13 @@ def _constants(call: Call, tile: Tile, *others: Tensor, rows: int, columns: int)
         "BLOCK_M": rows,
         "BLOCK_N": columns,
         "HEAD_DIM": call.q.shape[-1],
-        "BLOCK_D": _padded_head_dim(call.q.shape[-1]),
+        "BLOCK_D": padded_head_dim(call.q.shape[-1]),
         "Q_CHUNKS": _chunks(geometry.q_tile, rows),
         "K_CHUNKS": _chunks(geometry.k_tile, columns),
         "JOINED": tile.joined,
         "K_FULL": all_keys_valid(call, columns) and not tile.joined,
         "WIDE": any(map(needs_wide_addresses, (call.q, call.k, call.v, *others))),
-        "PRECISION": _precision(call.q.dtype),
+        "PRECISION": product_precision(call.q.dtype),
     }
 
 
@@ -335,7 +335,8 @@ def _chunks(tile: Sides, rows: int) -> int:
     return -(-math.prod(tile) // rows)
 
 
-def _padded_head_dim(head_dim: int) -> int:
+def padded_head_dim(head_dim: int) -> int:
+    """Return how many columns the kernels hold for a head size."""
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
@@ -345,11 +346,12 @@ def needs_wide_addresses(tensor: Tensor) -> bool:
     return (length - 1) * tensor.stride(2) + head_dim > _ADDRESS_LIMIT
 
 
-def _sum_dtype(tensor: Tensor) -> Any:
+def sum_dtype(tensor: Tensor) -> Any:
+    """Return the dtype, in Triton, of sums over values of a tensor."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def _precision(dtype: torch.dtype) -> str:
+def product_precision(dtype: torch.dtype) -> str:
     """Follow torch's switch for float32 products; the other dtypes know one precision only."""
     allowed = dtype == torch.float32 and torch.version.hip is None
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

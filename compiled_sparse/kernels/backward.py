@@ -70,6 +70,48 @@ def load_log_sums(lse, start, token, valid):
     return tl.where(log_sums == float("-inf"), float("inf"), log_sums * LOG2_E)
 
 
+@triton.jit
+def add_query_gradient(
+    queries, k_rows, v_rows, k_valid, sums, factor, FULL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add to `sums` what more keys give to the gradient of queries, still without the scale.
+
+    `queries` are rows of q and of the gradient of the output, log-sum-exps in base 2, and what
+    `row_sums` gives; `factor` is the scale in base 2. With `FULL` every key is valid.
+    """
+    q_rows, out_rows, log_sums, deltas = queries
+    zeros = tl.zeros([q_rows.shape[0], k_rows.shape[0]], sums.dtype)
+    scores = product(q_rows, tl.trans(k_rows), zeros, PRECISION)
+    weights = tl.exp2(scores * factor - log_sums[:, None])
+    if not FULL:
+        weights = tl.where(k_valid[None, :], weights, 0.0)
+    grad_weights = product(out_rows, tl.trans(v_rows), zeros, PRECISION)
+    grad_scores = weights * (grad_weights - deltas[:, None])
+    return product(grad_scores, k_rows, sums, PRECISION)
+
+
+@triton.jit
+def add_key_gradients(
+    queries, k_rows, v_rows, k_valid, sums, factor, FULL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add to `sums` what more queries give to the gradients of keys and values.
+
+    Arguments as in `add_query_gradient`; the gradient of the keys is without the scale, too.
+    """
+    q_rows, out_rows, log_sums, deltas = queries
+    k_sums, v_sums = sums
+    # Transposed, keys by queries, so that both sums take them as the left factor.
+    zeros = tl.zeros([k_rows.shape[0], q_rows.shape[0]], k_sums.dtype)
+    scores = product(k_rows, tl.trans(q_rows), zeros, PRECISION)
+    weights = tl.exp2(scores * factor - log_sums[None, :])
+    if not FULL:
+        weights = tl.where(k_valid[:, None], weights, 0.0)
+    v_sums = product(weights, out_rows, v_sums, PRECISION)
+    grad_weights = product(v_rows, tl.trans(out_rows), zeros, PRECISION)
+    grad_scores = weights * (grad_weights - deltas[None, :])
+    return product(grad_scores, q_rows, k_sums, PRECISION), v_sums
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_queries(
     q,
@@ -149,7 +191,7 @@ def attention_backward_queries(
     )
     count = tl.load(head_base(counts, (order_batch, order_head), batch, head) + row)
     k_slot = tl.arange(0, BLOCK_N)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], SUM)
+    queries = (q_rows, out_rows, log_sums, deltas)
     sums = tl.zeros([BLOCK_M, BLOCK_D], SUM)
     for step in range(number_of_steps(count, K_CHUNKS, JOINED)):
         k_token, k_valid = step_tokens(
@@ -169,13 +211,7 @@ def attention_backward_queries(
             k_valid = visible_keys(key_mask, batch, k_length, k_token, k_valid)
         k_rows = load_rows(k_base, k_token, k_valid, k_strides[2], HEAD_DIM, BLOCK_D, WIDE)
         v_rows = load_rows(v_base, k_token, k_valid, v_strides[2], HEAD_DIM, BLOCK_D, WIDE)
-        scores = product(q_rows, tl.trans(k_rows), zeros, PRECISION)
-        weights = tl.exp2(scores * factor - log_sums[:, None])
-        if not K_FULL:
-            weights = tl.where(k_valid[None, :], weights, 0.0)
-        grad_weights = product(out_rows, tl.trans(v_rows), zeros, PRECISION)
-        grad_scores = weights * (grad_weights - deltas[:, None])
-        sums = product(grad_scores, k_rows, sums, PRECISION)
+        sums = add_query_gradient(queries, k_rows, v_rows, k_valid, sums, factor, K_FULL, PRECISION)
 
     grad_base = head_base(grad_q, grad_strides, batch, head)
     store_rows(sums * scale, grad_base, q_token, q_valid, grad_strides[2], HEAD_DIM, BLOCK_D, WIDE)
@@ -258,7 +294,6 @@ def attention_backward_keys(
     factor = tl.full([], scale, SUM) * LOG2_E
 
     q_slot = tl.arange(0, BLOCK_M)
-    zeros = tl.zeros([BLOCK_N, BLOCK_M], SUM)
     k_sums = tl.zeros([BLOCK_N, BLOCK_D], SUM)
     v_sums = tl.zeros([BLOCK_N, BLOCK_D], SUM)
     for group in range(groups):
@@ -290,15 +325,10 @@ def attention_backward_keys(
             )
             log_sums = load_log_sums(lse, first_token, q_token, q_valid)
             deltas = tl.load(delta + first_token + q_token, mask=q_valid, other=0.0)
-            # Transposed, keys by queries, so that both sums take them as the left factor.
-            scores = product(k_rows, tl.trans(q_rows), zeros, PRECISION)
-            weights = tl.exp2(scores * factor - log_sums[None, :])
-            if not K_FULL:
-                weights = tl.where(k_shown[:, None], weights, 0.0)
-            v_sums = product(weights, out_rows, v_sums, PRECISION)
-            grad_weights = product(v_rows, tl.trans(out_rows), zeros, PRECISION)
-            grad_scores = weights * (grad_weights - deltas[None, :])
-            k_sums = product(grad_scores, q_rows, k_sums, PRECISION)
+            queries = (q_rows, out_rows, log_sums, deltas)
+            k_sums, v_sums = add_key_gradients(
+                queries, k_rows, v_rows, k_shown, (k_sums, v_sums), factor, K_FULL, PRECISION
+            )
 
     grad_base = head_base(grad_k, grad_k_strides, batch, k_head)
     store_rows(

@@ -58,7 +58,8 @@ def block_means(
         total += tl.sum(rows.to(SUM), 0)
         size += tl.sum(valid.to(tl.int32), 0)
     column = tl.arange(0, BLOCK_D)
-    mean = total / size
+    # Rounded once, as elsewhere, so that equal means are equal whatever they are means of.
+    mean = tl.div_rn(total, 1.0 * size) if tl.float32 == SUM else total / size
     place = means + program.to(tl.int64) * HEAD_DIM + column
     tl.store(place, mean.to(means.dtype.element_ty), mask=column < HEAD_DIM)
 

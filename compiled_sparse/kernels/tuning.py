@@ -22,6 +22,9 @@ import triton
 TABLE_VARIABLE: Final = "COMPILED_SPARSE_TUNING"
 SHIPPED: Final = Path(__file__).with_name("tuning.json")
 KERNELS: Final = ("forward", "forward_boxes", "backward_queries", "backward_keys")
+CHUNK_KERNELS: Final = ("chunk_forward", "chunk_backward_queries", "chunk_backward_keys")
+"""Those of attention over chunks; their own rows are those that meet, see `chunk_attention`."""
+
 KINDS: Final = ("half", "float32", "tf32")
 """How products are made: of two-byte elements, of float32, of float32 rounded on the way."""
 
@@ -92,7 +95,7 @@ def choose(
     """Return the tile of a kernel for blocks of given sizes.
 
     Args:
-        kernel: One of `KERNELS`.
+        kernel: One of `KERNELS` or `CHUNK_KERNELS`.
         chip: One of `CHIPS`.
         kind: One of `KINDS`.
         head_dim: Head size.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
+from functools import lru_cache
 from typing import Literal
 from typing import overload
 
@@ -25,6 +27,8 @@ from compiled_sparse.metadata import current_call
 from compiled_sparse.registry import mechanism_of
 from compiled_sparse.runtime import call_tensor
 from compiled_sparse.runtime import index_tensor
+
+logger = logging.getLogger("compiled_sparse")
 
 
 @overload
@@ -98,7 +102,7 @@ def attention(
         scale: Softmax scale; None means `head_dim ** -0.5`.
         step: Denoising step, for a config with a table of windows; None means that of
             `cs.metadata`, else the first. Traced code has no metadata: pass it there.
-        layer: Layer, for the same.
+        layer: Layer, for the same, and for a config whose layers take turns (`VMoBA`).
         sparsity: Fraction of the work to leave out, in place of the config's (`VSA`, `SLA`); None
             means that of `cs.metadata`, else the config's. As a float64 tensor without axes it
             changes from call to call of a compiled function without a recompilation.
@@ -114,7 +118,7 @@ def attention(
     Raises:
         MissingGridError: if the mechanism needs a grid and none was given.
         ConfigError: if the mechanism cannot run on its own (`Auto`), its windows are not one per
-            query head, or `return_lse` is not available.
+            query head, its layers differ and none is given, or `return_lse` is not available.
         LayoutError: if the grid has another number of axes than the config, or grid or text are of
             another type.
         MetadataError: if step or layer are no indices.
@@ -128,6 +132,12 @@ def attention(
         config.check_gate(gate is not None)
         config.check_sparsity(sparsity)
         config.check_projection(proj)
+    if not torch.compiler.is_compiling():
+        step = current_call().step if step is None else step
+        sparsity = current_call().sparsity if sparsity is None else sparsity
+    if isinstance(config, MechanismConfig):
+        _check_schedule(config, step, layer)
+        config = config.at(step, layer)
     if isinstance(config, Dense):
         return _dense(q, k, v, key_mask, scale, return_lse)
     given: object = config
@@ -149,10 +159,6 @@ def attention(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
-    if not torch.compiler.is_compiling():
-        step = current_call().step if step is None else step
-        sparsity = current_call().sparsity if sparsity is None else sparsity
-    config = config.at(step, layer)
     if not isinstance(sparsity, Tensor):
         config = at_sparsity(config, sparsity)
     tile = _resolve_tile(config, tuple(grid_thw))
@@ -167,6 +173,36 @@ def attention(
     ]
     out, lse = call.op(q, k, v, key_mask, *call.arguments, *runtime, scale)
     return (out, lse) if return_lse else out
+
+
+def _check_schedule(config: MechanismConfig, step: int | None, layer: int | None) -> None:
+    """Check that a config which differs by layer and step can tell where it is.
+
+    Raises:
+        ConfigError: if no layer is given, or in traced code no step.
+    """
+    asks_for_step = config.dense_first_steps > 0 and step is None
+    if asks_for_step and not torch.compiler.is_compiling():
+        _warn_of_step(config)
+        asks_for_step = False
+    if (config.needs_layer and layer is None) or asks_for_step:
+        raise ConfigError(
+            "the config differs by layer or step, and which one this is, is not given",
+            got=f"layer={layer}, step={step} for {config.describe()}",
+            expected="the layer's index, counted from 0, and in traced code the step's",
+            next_step="pass layer= and step= to cs.attention, or config.for_layer(layer)",
+        )
+
+
+@lru_cache(maxsize=64)
+def _warn_of_step(config: MechanismConfig) -> None:
+    """Say once that an unknown step is dense."""
+    logger.warning(
+        "%s keeps %d denoising steps dense, but the step is not known: an unknown step counts as "
+        "step 0. Pass step=, or use cs.metadata(step=i).",
+        config.describe(),
+        config.dense_first_steps,
+    )
 
 
 def _check_arguments(grid_thw: object, text: object, step: object, layer: object) -> None:
@@ -230,7 +266,7 @@ def _dense(
             "dense attention does not return the log-sum-exp",
             got="return_lse=True",
             expected="return_lse=False",
-            next_step="use a window that spans the grid, or cs.reference.attention",
+            next_step="leave it out for dense layers and steps, or call cs.reference.attention",
         )
     if k.dim() == v.dim() == 4 and k.shape[2] != v.shape[2]:
         raise ShapeError(

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from compiled_sparse.errors import DoubleBackwardError
 from compiled_sparse.ops import cpu
 from compiled_sparse.ops import gpu
 from compiled_sparse.ops.checks import check_lists
 from compiled_sparse.ops.checks import check_shapes
 from compiled_sparse.ops.checks import check_tensors
 from compiled_sparse.ops.checks import resolve_layouts
-from compiled_sparse.ops.library import LIBRARY
-from compiled_sparse.ops.library import NAMESPACE
+from compiled_sparse.ops.differentiable import define_attention
+from compiled_sparse.ops.differentiable import register_attention
 from compiled_sparse.ops.plan import block_tokens
 from compiled_sparse.ops.routing import uses_gpu_kernels
 from compiled_sparse.ops.tensors import empty_like_blhd
@@ -30,20 +28,13 @@ from compiled_sparse.ops.tensors import empty_outputs
 from compiled_sparse.ops.tensors import resolve_scale
 
 FORWARD = "block_sparse_attention"
-BACKWARD = "block_sparse_attention_backward"
 
 _GEOMETRY = "SymInt[] grid, int[] q_tile, int[] kv_tile, SymInt text_before, SymInt text_after"
 
-LIBRARY.define(
-    f"{FORWARD}(Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor block_counts, "
-    f"Tensor? key_mask, {_GEOMETRY}, float? scale) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.needs_exact_strides,),
-)
-LIBRARY.define(
-    f"{BACKWARD}(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor block_indices, Tensor block_counts, Tensor? key_mask, "
-    f"{_GEOMETRY}, float? scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-    tags=(torch.Tag.needs_exact_strides,),
+define_attention(
+    FORWARD,
+    "Tensor block_indices, Tensor block_counts, Tensor? key_mask",
+    f"{_GEOMETRY}, float? scale",
 )
 
 
@@ -181,53 +172,4 @@ def _forward_fake(
     return empty_outputs(q)
 
 
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_like_blhd(q), empty_like_blhd(k), empty_like_blhd(v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_indices, block_counts, key_mask, *geometry = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, block_indices, block_counts, key_mask)
-    ctx.geometry = geometry
-
-
-def _autograd_backward(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    unused = (None,) * (3 + len(ctx.geometry))
-    if grad_out is None and grad_lse is None:
-        return (None, None, None, *unused)
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[3])
-    op = torch.ops.compiled_sparse.block_sparse_attention_backward
-    return (*op(grad_out, grad_lse, *saved, *ctx.geometry), *unused)
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise DoubleBackwardError(
-        "block_sparse_attention is differentiable only once",
-        got="a second derivative",
-        expected="first derivatives only",
-        next_step="use cs.reference.attention where second derivatives are needed",
-    )
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """The second derivative only raises, so nothing is kept for it."""
-
-
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl(FORWARD, _forward, _device)
-    LIBRARY.impl(BACKWARD, _backward, _device)
-torch.library.register_fake(f"{NAMESPACE}::{FORWARD}", _forward_fake, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::{BACKWARD}", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    f"{NAMESPACE}::{FORWARD}", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    f"{NAMESPACE}::{BACKWARD}", _no_double_backward, setup_context=_save_nothing, lib=LIBRARY
-)
+register_attention(FORWARD, num_tensors=3, forward=_forward, backward=_backward, fake=_forward_fake)

@@ -116,9 +116,9 @@ def block_sparse_backward(
         call = kernel_call(q, k, v, lists, key_mask, q_layout, kv_layout, scale)
         attention.block_sparse_backward(
             call,
-            _unit_last_stride(grad_out),
+            unit_last_stride(grad_out),
             None if grad_lse is None else grad_lse.contiguous(),
-            _unit_last_stride(out),
+            unit_last_stride(out),
             lse.contiguous(),
             gradients,
         )
@@ -145,7 +145,7 @@ def kernel_call(
     from compiled_sparse.kernels.attention import Call
     from compiled_sparse.kernels.attention import Geometry
 
-    _check(q)
+    check_supported(q)
     if q.dtype == torch.float64:
         # Triton passes numbers in float32, which would round the scale.
         q, scale = q * scale, 1.0
@@ -159,13 +159,19 @@ def kernel_call(
         q_blocks=q_layout.num_blocks,
         k_blocks=kv_layout.num_blocks,
     )
-    q, k, v = map(_unit_last_stride, (q, k, v))
+    q, k, v = map(unit_last_stride, (q, k, v))
     indices, counts = _stored_once(*lists)
     mask = None if key_mask is None else key_mask.contiguous()
     return Call(q, k, v, indices, counts, mask, geometry, scale)
 
 
-def _check(q: Tensor) -> None:
+def check_supported(q: Tensor) -> None:
+    """Check that the kernels take tensors like q.
+
+    Raises:
+        ShapeError: if the head size has no kernel.
+        DtypeError: if the dtype has none.
+    """
     if q.is_cuda and q.dtype not in DTYPES:
         raise DtypeError(
             "the GPU kernels do not take this dtype",
@@ -182,7 +188,8 @@ def _check(q: Tensor) -> None:
         )
 
 
-def _unit_last_stride(tensor: Tensor) -> Tensor:
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if its last stride is not 1, as the kernels need it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

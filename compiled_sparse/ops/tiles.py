@@ -54,12 +54,13 @@ def means_of_tiles(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tenso
     """
     if not is_traced(x):
         return tile_mean(x, grid=grid, tile=tile)
-    sums = _sums(x.to(compute_dtype(x)), grid, tile)
+    sums = sums_of_tiles(x.to(compute_dtype(x)), grid, tile)
     sizes = sizes_of_tiles(grid, tile, x.device).to(sums.dtype)
     return (sums / sizes[:, None]).to(x.dtype)
 
 
-def _sums(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
+def sums_of_tiles(x: Tensor, grid: Sequence[Any], tile: Sequence[int]) -> Tensor:
+    """Sum over the tokens of each tile, axis by axis; arguments as in `means_of_tiles`."""
     tiles = tiles_along(grid, tile)
     x = x.unflatten(_FIRST_AXIS, tuple(grid))
     for axis in reversed(range(len(grid))):

@@ -24,6 +24,8 @@ KERNELS = {
     *("attention_forward", "attention_backward_queries", "attention_backward_keys", "row_sums"),
     *("mark_listed", "collect_marked", "order_by_count", "block_means", "list_top_k"),
     *("quantize_queries", "quantize_keys", "round_values", "attention_forward_quantized"),
+    *("chunk_attention_forward", "chunk_attention_backward_queries"),
+    *("chunk_attention_backward_keys", "finish_rows", "select_by_number", "select_by_threshold"),
 }
 
 
@@ -81,10 +83,27 @@ assert hashes[0] == hashes[1] == hashes[2], hashes
 """
 
 
-def test_a_new_grid_or_text_length_compiles_nothing() -> None:
+NEW_CHUNKS = """
+from benchmarks.audit.chunk_cases import ChunkCase, chunk_launches
+from benchmarks.audit.offline import compiling_for
+
+hashes = []
+SIZES = [((8, 16, 16), (4, 16, 16)), ((7, 15, 13), (5, 15, 9)), ((1, 32, 77), (1, 32, 17))]
+for grid, tile in SIZES:
+    with compiling_for("sm_90", "chunk_attention_forward") as compiled:
+        forward, _ = chunk_launches(ChunkCase("", grid=grid, tile=tile))
+        forward()
+    hashes.append({each.result.hash for each in compiled})
+assert len(hashes[0]) == 1
+assert hashes[0] == hashes[1] == hashes[2], hashes
+"""
+
+
+@pytest.mark.parametrize("program", [NEW_SIZES, NEW_CHUNKS], ids=["blocks", "chunks"])
+def test_a_new_grid_or_text_length_compiles_nothing(program: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", NEW_SIZES], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -22,7 +22,7 @@ NVIDIA = "cuda"  # device: Triton's name of a compiler
 
 def test_the_shipped_table_has_a_candidate_for_every_entry() -> None:
     for chip in tuning.CHIPS:
-        for kernel in tuning.KERNELS:
+        for kernel in (*tuning.KERNELS, *tuning.CHUNK_KERNELS):
             if kernel == "forward_boxes" and chip not in tuning.BULK_COPY_CHIPS:
                 continue
             kinds = tuning.KINDS if chip.startswith("sm_") else ("half", "float32")

@@ -39,14 +39,6 @@ def kernel(request: pytest.FixtureRequest) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Case:
     """Sizes of a problem; `lists` is how many batch entries and heads the lists tell apart."""

@@ -97,7 +97,7 @@ def test_the_range_of_lists_is_checked_on_request(
 
 def call(**changes: Any) -> None:
     with FakeTensorMode():
-        gpu._check(tensor(**changes))
+        gpu.check_supported(tensor(**changes))
 
 
 CASES = {

@@ -22,6 +22,8 @@ MODULES = (
     "ops/attention",
     "ops/checks",
     "ops/block_sparse",
+    "ops/chunk_attention",
+    "ops/differentiable",
     "ops/gpu_quantized",
     "ops/quantized",
     "ops/video",
@@ -233,6 +235,24 @@ CASES = {
         "0 to 11",
         "the lists were made for",
         lambda: call(block_indices=INDICES + 1),
+    ),
+    "selection of chunks": Case(
+        errors.BlockListError,
+        "the selection does not fit the queries and chunks",
+        "torch.int32 of shape (2, 4, 12, 12)",
+        "(2, 4, 3, 1)",
+        "ops.pack_bits",
+        lambda: cs.ops.chunk_sparse_attention(
+            Q, Q, Q, torch.zeros(2, 4, 12, 12, dtype=torch.int32), grid=(12,), tile=(4,)
+        ),
+    ),
+    "layer and step": Case(
+        errors.ConfigError,
+        "the config differs by layer or step, and which one this is, is not given",
+        "layer=None, step=None for vmoba",
+        "the layer's index",
+        "pass layer= and step= to cs.attention",
+        lambda: cs.attention(Q, Q, Q, cs.VMoBA(), grid_thw=GRID),
     ),
     "second derivative": Case(
         errors.DoubleBackwardError,

@@ -20,8 +20,11 @@ from torch import Tensor
 from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.errors import DeviceError
 from compiled_sparse.ops.cpu import native
+from compiled_sparse.ops.cpu import native_chunks
 from compiled_sparse.ops.cpu import native_quantized
+from compiled_sparse.ops.cpu import native_selection
 from compiled_sparse.ops.cpu import portable
+from compiled_sparse.ops.cpu import portable_chunks
 from compiled_sparse.ops.cpu import quantized
 from compiled_sparse.ops.cpu.build import NativeBuildError
 from compiled_sparse.ops.cpu.build import native_library
@@ -32,9 +35,13 @@ __all__ = [
     "UnknownKernelError",
     "block_sparse_backward",
     "block_sparse_forward",
+    "chunk_backward",
+    "chunk_forward",
     "describe",
     "interprets_gpu_kernels",
     "quantized_forward",
+    "select_per_query",
+    "selects_per_query",
 ]
 
 KERNEL_VARIABLE: Final = "COMPILED_SPARSE_CPU_KERNEL"
@@ -53,6 +60,9 @@ class _Kernel(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     quantized: Callable[..., tuple[Tensor, Tensor]]
+    chunk_forward: Callable[..., tuple[Tensor, Tensor]]
+    chunk_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    select_per_query: Callable[..., Tensor] | None
 
 
 _NATIVE: Final = _Kernel(
@@ -60,12 +70,18 @@ _NATIVE: Final = _Kernel(
     native.block_sparse_forward,
     native.block_sparse_backward,
     native_quantized.quantized_forward,
+    native_chunks.chunk_forward,
+    native_chunks.chunk_backward,
+    native_selection.select_per_query,
 )
 _PORTABLE: Final = _Kernel(
     "portable",
     portable.block_sparse_forward,
     portable.block_sparse_backward,
     quantized.quantized_forward,
+    portable_chunks.chunk_forward,
+    portable_chunks.chunk_backward,
+    None,
 )
 
 
@@ -210,6 +226,162 @@ def quantized_forward(
     """
     return _kernel().quantized(
         q, k, v, block_indices, block_counts, key_mask, q_tokens, kv_tokens, scale, values
+    )
+
+
+def chunk_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    key_mask: Tensor | None,
+    kv_tokens: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend from every query to the chunks that it selects.
+
+    Args:
+        q: As in `block_sparse_forward`, like all arguments not described here.
+        k: See `q`; of the same length.
+        v: See `q`.
+        selected: int32 [B, Hq, Nk, ceil(L / 32)], bit i of word w for query 32 w + i; bits past
+            the length do not matter.
+        key_mask: See `q`.
+        kv_tokens: See `q`.
+        scale: See `q`.
+
+    Returns:
+        As `block_sparse_forward`.
+
+    Raises:
+        NativeBuildError: as in `block_sparse_forward`.
+        UnknownKernelError: as in `block_sparse_forward`.
+        BlockListError: as in `block_sparse_forward`.
+    """
+    return _kernel().chunk_forward(q, k, v, selected, key_mask, kv_tokens, scale)
+
+
+def chunk_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selected: Tensor,
+    key_mask: Tensor | None,
+    kv_tokens: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `chunk_forward` for a fixed selection.
+
+    Deterministic for a given number of threads.
+
+    Args:
+        grad_out: [B, Hq, L, D] of q's dtype, any strides.
+        grad_lse: [B, Hq, L] or None for zero.
+        q: As in the forward, like all arguments not described here.
+        k: See `q`.
+        v: See `q`.
+        out: The output of the forward.
+        lse: The log-sum-exp of the forward.
+        selected: See `q`.
+        key_mask: See `q`.
+        kv_tokens: See `q`.
+        scale: See `q`.
+
+    Returns:
+        As `block_sparse_backward`.
+
+    Raises:
+        NativeBuildError: as in `block_sparse_forward`.
+        UnknownKernelError: as in `block_sparse_forward`.
+        BlockListError: as in `block_sparse_forward`.
+    """
+    return _kernel().chunk_backward(
+        grad_out, grad_lse, q, k, v, out, lse, selected, key_mask, kv_tokens, scale
+    )
+
+
+def selects_per_query() -> bool:
+    """Whether the kernel in use has `select_per_query`.
+
+    Raises:
+        NativeBuildError: as in `block_sparse_forward`.
+        UnknownKernelError: as in `block_sparse_forward`.
+    """
+    return _kernel().select_per_query is not None
+
+
+def select_per_query(
+    q: Tensor,
+    means: Tensor,
+    own: Tensor,
+    chunk_visible: Tensor | None,
+    query_visible: Tensor | None,
+    *,
+    text_before: int,
+    text_after: int,
+    runs_before: int,
+    runs_after: int,
+    mode: str,
+    count: int,
+    threshold: float,
+) -> Tensor:
+    """Select chunks for every query, by its product with the mean keys of chunks: the gate.
+
+    Every query selects all text, and text selects everything. A video query also selects its own
+    chunk and, if it is visible, others among the visible ones: the `count` of highest gates, or as
+    few as have a share of the gates, scaled to [0, 1], of `threshold` together with the own chunk,
+    but one at least. Gates are unscaled, in the dtype of the means; among equal ones the lower
+    chunk comes first, NaN is the lowest.
+
+    Args:
+        q: [B, Hq, L, D] of any strides; float32, float64, bfloat16 or float16.
+        means: [B, Hk, C, D], the mean keys of the chunks of video; float32, or float64 for
+            float64 queries.
+        own: int32 [S], the chunk of each video token, of L - text_before - text_after.
+        chunk_visible: bool [B, C], True where any key is attended, or None.
+        query_visible: bool [B, S], True where a video query selects by its gates, or None.
+        text_before: Tokens in front of the video.
+        text_after: Tokens behind the video.
+        runs_before: Chunks of the text in front.
+        runs_after: Chunks of the text behind.
+        mode: "topk" or "threshold".
+        count: How many others "topk" selects.
+        threshold: The share that "threshold" selects.
+
+    Returns:
+        int32 [B, Hq, runs_before + C + runs_after, ceil(L / 32)], bit i of word w for query
+        32 w + i; bits past the length are 0.
+
+    Raises:
+        UnknownKernelError: if the kernel in use has no such function.
+        NativeBuildError: as in `block_sparse_forward`.
+        BlockListError: if `own` is out of range.
+    """
+    kernel = _kernel()
+    if kernel.select_per_query is None:
+        raise UnknownKernelError(
+            "the kernel in use cannot select chunks for each query",
+            got=repr(kernel.name),
+            expected=repr(_NATIVE.name),
+            next_step="ask `selects_per_query` first",
+        )
+    return kernel.select_per_query(
+        q,
+        means,
+        own,
+        chunk_visible,
+        query_visible,
+        text_before=text_before,
+        text_after=text_after,
+        runs_before=runs_before,
+        runs_after=runs_after,
+        mode=mode,
+        count=count,
+        threshold=threshold,
     )
 
 

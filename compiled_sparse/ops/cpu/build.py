@@ -22,6 +22,10 @@ CACHE_DIR_VARIABLE: Final = "COMPILED_SPARSE_CACHE_DIR"
 
 _SOURCE_DIR: Final = Path(__file__).parent / "csrc"
 _MAIN_SOURCE: Final = _SOURCE_DIR / "block_sparse.cpp"
+_FUNCTIONS: Final = (
+    *("block_sparse_forward", "block_sparse_backward"),
+    *("chunk_sparse_forward", "chunk_sparse_backward", "select_per_query"),
+)
 _COMPILERS: Final = ("c++", "g++", "clang++")
 # No -ffast-math: masked and empty rows rely on infinities and NaN.
 _FLAGS: Final = (
@@ -118,7 +122,8 @@ def _load() -> NativeLibrary:
 
 
 def _declare(handle: ctypes.CDLL) -> None:
-    for function in (handle.block_sparse_forward, handle.block_sparse_backward):
+    for name in _FUNCTIONS:
+        function = getattr(handle, name)
         function.argtypes = [ctypes.c_void_p]
         function.restype = ctypes.c_int32
     handle.block_sparse_vector_bytes.argtypes = []

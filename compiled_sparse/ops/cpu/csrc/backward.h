@@ -24,19 +24,20 @@ struct BackwardScratch {
     T* grad;       // [dim][query]
     T* p;          // [key][query] scores, then probabilities
     T* ds;         // [key][query] gradient of the probabilities, then of the scores
-    T* grad_q;     // [dim][query]
+    T* grad_q;     // [query][dim]
     T* lse;        // [query]
     T* delta;      // [query]
 
-    BackwardScratch(Carver<T>& carver, int64_t dim) {
+    BackwardScratch(Carver<T>& carver, const Problem& problem) {
         constexpr int64_t stride = kQueryStride<T>;
+        const int64_t dim = problem.dim;
         q_rows = carver.take(kMaxQueries * dim_stride<T>(dim));
         grad_rows = carver.take(kMaxQueries * dim_stride<T>(dim));
         q = carver.take(round_up(dim, kLanes<T>) * stride);
         grad = carver.take(round_up(dim, kLanes<T>) * stride);
         p = carver.take((kMaxKeys + kTileRows) * stride);
         ds = carver.take((kMaxKeys + kTileRows) * stride);
-        grad_q = carver.take(round_up(dim, kLanes<T>) * stride);
+        grad_q = carver.take(kMaxQueries * dim_stride<T>(dim));
         lse = carver.take(stride);
         delta = carver.take(stride);
     }
@@ -81,16 +82,14 @@ inline T dot(const T* a, const T* b, int dim) {
     return sum;
 }
 
-// Fills the query side of the scratch; queries with an lse of -inf become all zero.
+// Fills w.lse and w.delta, up to whole vectors; overwrites the rows.
 template <class T>
-inline void load_queries(const QueryHead<T>& head, const QueryPart& part, int dim, T factor,
-                         const BackwardScratch<T>& w) {
-    constexpr int64_t stride = kQueryStride<T>;
+inline void load_statistics(const QueryHead<T>& head, const QueryPart& part, int dim,
+                            const BackwardScratch<T>& w) {
     const int64_t ldd = dim_stride<T>(dim);
     const int padded = static_cast<int>(round_up(part.count, kLanes<T>));
     std::fill(w.lse, w.lse + padded, T(0));
     std::fill(w.delta, w.delta + padded, T(0));
-    // w.q_rows holds the output until delta is known.
     gather_queries(head.out, part, dim, T(1), w.q_rows);
     gather_queries(head.grad_out, part, dim, T(1), w.grad_rows);
     for (int i = 0; i < part.count; ++i) {
@@ -99,6 +98,15 @@ inline void load_queries(const QueryHead<T>& head, const QueryPart& part, int di
         w.delta[i] = dot(w.q_rows + i * ldd, w.grad_rows + i * ldd, dim);
         if (head.grad_lse) w.delta[i] -= head.grad_lse[token];
     }
+}
+
+// Fills the rows and their transposes; queries with a w.lse of -inf become all zero.
+template <class T>
+inline void load_rows(const QueryHead<T>& head, const QueryPart& part, int dim, T factor,
+                      const BackwardScratch<T>& w) {
+    constexpr int64_t stride = kQueryStride<T>;
+    const int64_t ldd = dim_stride<T>(dim);
+    gather_queries(head.grad_out, part, dim, T(1), w.grad_rows);
     gather_queries(head.q, part, dim, factor, w.q_rows);
     for (int i = 0; i < part.count; ++i) {
         if (w.lse[i] != -std::numeric_limits<T>::infinity()) continue;
@@ -129,7 +137,7 @@ inline void score_gradients(int keys, int queries, const BackwardScratch<T>& w) 
 template <class T>
 inline void backward_chunk(const PackedHead<T>& head, const KeyGradients<T>& sums,
                            const Chunk& chunk, const Chunk& next, int queries, int dim,
-                           Start start_q, const BackwardScratch<T>& w) {
+                           const BackwardScratch<T>& w) {
     constexpr int64_t stride = kQueryStride<T>;
     const int64_t ldd = dim_stride<T>(dim);
     const int64_t at = chunk.row * ldd, then = next.row * ldd, ahead = next.count * ldd;
@@ -144,33 +152,57 @@ inline void backward_chunk(const PackedHead<T>& head, const KeyGradients<T>& sum
                            queries, start, {sums.v + then, ahead});
     gemm<T, Layout::kRows>({w.ds, stride, w.q_rows, ldd, sums.k + at, ldd, nullptr}, keys, dim,
                            queries, start, {sums.k + then, ahead});
-    gemm<T, Layout::kColumns>({head.k + at, ldd, w.ds, stride, w.grad_q, stride, nullptr}, dim,
-                              queries, keys, start_q);
+    gemm<T, Layout::kColumns>({w.ds, stride, head.k + at, ldd, w.grad_q, ldd, nullptr}, queries,
+                              dim, keys, Start::kAdd);
     const bool block_ends = next.count == 0 || next.block != chunk.block;
     if (block_ends) sums.touched[chunk.block] = 1;
 }
 
+// Adds the share of the listed blocks to w.grad_q and the sums.
 template <class T>
-inline void backward_item(const Problem& p, const PackedHead<T>& packed,
-                          const KeyGradients<T>& sums, const QueryHead<T>& head,
-                          const QueryPart& part, const BackwardScratch<T>& w) {
-    const int dim = static_cast<int>(p.dim);
-    const int64_t ldd = dim_stride<T>(dim);
-    load_queries(head, part, dim, T(p.scale), w);
-    Start start_q = Start::kZero;
-    const List list = list_of(p, head.batch, head.head, part.block);
+inline void differentiate(const PackedHead<T>& packed, const KeyGradients<T>& sums,
+                          const List& list, int queries, int dim, const BackwardScratch<T>& w) {
     for_each_chunk(list, *packed.rows, [&](const Chunk& chunk, const Chunk& next) {
-        backward_chunk(packed, sums, chunk, next, part.count, dim, start_q, w);
-        start_q = Start::kAdd;
+        backward_chunk(packed, sums, chunk, next, queries, dim, w);
     });
-    if (start_q == Start::kZero) {
-        std::fill(w.q_rows, w.q_rows + part.count * ldd, T(0));
-    } else {
-        transpose(w.grad_q, kQueryStride<T>, w.q_rows, ldd, dim, part.count);
-    }
-    for (int i = 0; i < part.count; ++i)
-        write_row(head.grad_q, part.tokens[i], w.q_rows + i * ldd, dim, T(p.scale));
 }
+
+// Queries with lists: the pieces of the work are the parts of the blocks.
+template <class T>
+class ListedQueries {
+public:
+    using Scratch = BackwardScratch<T>;
+
+    explicit ListedQueries(const Problem& p) : p_(p), parts_(query_parts(p)) {}
+
+    int64_t pieces() const { return static_cast<int64_t>(parts_.size()); }
+
+    // Measure of the work: the (query, key) pairs, and one per query for the rest.
+    int64_t work(const KeyRows& rows, int64_t batch, int64_t head, int64_t piece) const {
+        int64_t keys = 1;
+        for (const int32_t block : list_of(p_, batch, head, parts_[piece].block))
+            keys += rows.first[block + 1] - rows.first[block];
+        return keys * parts_[piece].count;
+    }
+
+    void run(const PackedHead<T>& packed, const KeyGradients<T>& sums, const QueryHead<T>& head,
+             int64_t piece, const Scratch& w) const {
+        const QueryPart& part = parts_[piece];
+        const int dim = static_cast<int>(p_.dim);
+        const int64_t ldd = dim_stride<T>(dim);
+        load_statistics(head, part, dim, w);
+        load_rows(head, part, dim, T(p_.scale), w);
+        std::fill_n(w.grad_q, part.count * ldd, T(0));
+        differentiate(packed, sums, list_of(p_, head.batch, head.head, part.block), part.count,
+                      dim, w);
+        for (int i = 0; i < part.count; ++i)
+            write_row(head.grad_q, part.tokens[i], w.grad_q + i * ldd, dim, T(p_.scale));
+    }
+
+private:
+    const Problem& p_;
+    std::vector<QueryPart> parts_;
+};
 
 // The split of the work: `wave` heads at a time, each by `shares` units, one for each thread.
 struct Split {
@@ -182,34 +214,25 @@ struct Split {
           shares(p.threads / wave) {}
 };
 
-// Measure of the work on `part`: its (query, key) pairs, and one per query for the rest.
-inline int64_t work_of(const List& list, const QueryPart& part, const KeyRows& rows) {
-    int64_t keys = 1;
-    for (const int32_t block : list) keys += rows.first[block + 1] - rows.first[block];
-    return keys * part.count;
-}
-
-// Runs the queries of kv head `head` that fall to `share`: an even part of the work.
-template <class T>
-inline void backward_share(const Problem& p, const std::vector<QueryPart>& parts,
-                           const PackedHead<T>& packed, const KeyGradients<T>& sums, int64_t head,
-                           int64_t share, int64_t shares, const BackwardScratch<T>& w) {
+// Runs the pieces of kv head `head` that fall to `share`: an even part of the work.
+template <class T, class Queries>
+inline void backward_share(const Problem& p, const Queries& queries, const PackedHead<T>& packed,
+                           const KeyGradients<T>& sums, int64_t head, int64_t share,
+                           int64_t shares, const typename Queries::Scratch& w) {
     const int64_t group = p.q_heads / p.kv_heads, batch = head / p.kv_heads;
-    const int64_t begin = head % p.kv_heads * group, end = begin + group;
-    const auto work = [&](int64_t q_head, const QueryPart& part) {
-        return work_of(list_of(p, batch, q_head, part.block), part, *packed.rows);
+    const int64_t begin = head % p.kv_heads * group, pieces = queries.pieces();
+    const auto work = [&](int64_t item) {
+        return queries.work(*packed.rows, batch, begin + item / pieces, item % pieces);
     };
     int64_t total = 0, before = 0;
-    for (int64_t q_head = begin; q_head < end; ++q_head)
-        for (const QueryPart& part : parts) total += work(q_head, part);
+    for (int64_t item = 0; item < group * pieces; ++item) total += work(item);
     std::fill(sums.touched, sums.touched + p.kv_blocks + 1, uint8_t(0));
-    for (int64_t q_head = begin; q_head < end; ++q_head) {
-        const QueryHead<T> queries = query_head<T>(p, batch, q_head);
-        for (const QueryPart& part : parts) {
-            if (before * shares / total == share)
-                backward_item(p, packed, sums, queries, part, w);
-            before += work(q_head, part);
+    for (int64_t item = 0; item < group * pieces; ++item) {
+        if (before * shares / total == share) {
+            const auto q_head = query_head<T>(p, batch, begin + item / pieces);
+            queries.run(packed, sums, q_head, item % pieces, w);
         }
+        before += work(item);
     }
 }
 
@@ -265,17 +288,17 @@ private:
     std::vector<KeyGradients<T>> units_;
 };
 
-template <class T>
+template <class T, class Queries>
 void backward(const Problem& p) {
-    const std::vector<QueryPart> parts = query_parts(p);
+    const Queries queries(p);
     const Split split(p);
     const int64_t heads = p.batch * p.kv_heads, blocks = p.kv_blocks + 1;
     const PackedHeads<T> packed(p, split.wave);
     const UnitGradients<T> units(p);
-    const ThreadScratch<T, BackwardScratch<T>> scratch(p);
+    const ThreadScratch<T, typename Queries::Scratch> scratch(p);
 #pragma omp parallel num_threads(p.threads)
     {
-        const BackwardScratch<T> w = scratch.at(omp_get_thread_num());
+        const typename Queries::Scratch w = scratch.at(omp_get_thread_num());
         for (int64_t base = 0; base < heads; base += split.wave) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < split.wave * packed.tasks(); ++i) {
@@ -285,8 +308,8 @@ void backward(const Problem& p) {
 #pragma omp for schedule(static)
             for (int64_t unit = 0; unit < p.threads; ++unit) {
                 const int64_t slot = unit / split.shares;
-                backward_share(p, parts, packed.at(base + slot, slot), units[unit], base + slot,
-                               unit % split.shares, split.shares, w);
+                backward_share(p, queries, packed.at(base + slot, slot), units[unit],
+                               base + slot, unit % split.shares, split.shares, w);
             }
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < split.wave * blocks; ++i) {

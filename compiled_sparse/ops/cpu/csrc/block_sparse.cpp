@@ -1,13 +1,19 @@
-// C interface of the block-sparse attention kernels.
+// C interface of the sparse attention kernels.
 #include "backward.h"
+#include "chunk_backward.h"
+#include "chunk_forward.h"
 #include "forward.h"
 #include "layout.h"
+#include "selection.h"
 
 using block_sparse::DType;
 using block_sparse::ExactWeights;
 using block_sparse::Float16Weights;
 using block_sparse::Float8Weights;
+using block_sparse::ListedQueries;
 using block_sparse::Problem;
+using block_sparse::SelectingQueries;
+using block_sparse::Selection;
 using block_sparse::Weights;
 using block_sparse::forward;
 
@@ -36,28 +42,45 @@ bool lists_fit(const Problem& p) {
     return true;
 }
 
+bool keys_fit(const Problem& p) {
+    return tokens_fit(p.kv_tokens, p.kv_blocks * p.kv_block, p.kv_len);
+}
+
 // Starting a thread costs more than a piece of the work that leaves it idle.
-Problem with_useful_threads(Problem p) {
-    const int64_t parts = block_sparse::round_up(p.q_block, block_sparse::kMaxQueries) /
-                          block_sparse::kMaxQueries;
-    const int64_t items = p.batch * p.q_heads * p.q_blocks * parts;
+template <class P>
+P with_useful_threads(P p, int64_t items) {
     const int64_t useful = std::max<int64_t>(items, 1);
     p.threads = static_cast<int32_t>(std::clamp<int64_t>(p.threads, 1, useful));
     return p;
 }
 
 template <class Run>
-int32_t checked(const Problem& given, Run run) {
-    const Problem p = with_useful_threads(given);
-    if (!tokens_fit(p.q_tokens, p.q_blocks * p.q_block, p.q_len)) return kOutOfRange;
-    if (!tokens_fit(p.kv_tokens, p.kv_blocks * p.kv_block, p.kv_len)) return kOutOfRange;
-    if (!lists_fit(p)) return kOutOfRange;
+int32_t status_of(Run run) {
     try {
-        run(p);
+        run();
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }
     return kOk;
+}
+
+template <class Run>
+int32_t run_blocks(const Problem& given, Run run) {
+    const int64_t parts = block_sparse::round_up(given.q_block, block_sparse::kMaxQueries) /
+                          block_sparse::kMaxQueries;
+    const int64_t items = given.batch * given.q_heads * given.q_blocks * parts;
+    const Problem p = with_useful_threads(given, items);
+    if (!tokens_fit(p.q_tokens, p.q_blocks * p.q_block, p.q_len)) return kOutOfRange;
+    if (!keys_fit(p) || !lists_fit(p)) return kOutOfRange;
+    return status_of([&] { run(p); });
+}
+
+template <class Run>
+int32_t run_chunks(const Problem& given, Run run) {
+    const int64_t items = given.batch * given.q_heads * block_sparse::Segments(given).count();
+    const Problem p = with_useful_threads(given, items);
+    if (p.q_len != p.kv_len || !keys_fit(p)) return kOutOfRange;
+    return status_of([&] { run(p); });
 }
 
 }  // namespace
@@ -67,7 +90,7 @@ int32_t checked(const Problem& given, Run run) {
 extern "C" {
 
 EXPORT int32_t block_sparse_forward(const Problem* p) {
-    return checked(*p, [](const Problem& problem) {
+    return run_blocks(*p, [](const Problem& problem) {
         if (problem.dtype == DType::kFloat64)
             return forward<double, ExactWeights<double>>(problem);
         switch (problem.weights) {
@@ -79,9 +102,38 @@ EXPORT int32_t block_sparse_forward(const Problem* p) {
 }
 
 EXPORT int32_t block_sparse_backward(const Problem* p) {
-    return checked(*p, [](const Problem& problem) {
-        problem.dtype == DType::kFloat64 ? block_sparse::backward<double>(problem)
-                                         : block_sparse::backward<float>(problem);
+    return run_blocks(*p, [](const Problem& problem) {
+        problem.dtype == DType::kFloat64
+            ? block_sparse::backward<double, ListedQueries<double>>(problem)
+            : block_sparse::backward<float, ListedQueries<float>>(problem);
+    });
+}
+
+EXPORT int32_t chunk_sparse_forward(const Problem* p) {
+    return run_chunks(*p, [](const Problem& problem) {
+        problem.dtype == DType::kFloat64 ? block_sparse::chunk_forward<double>(problem)
+                                         : block_sparse::chunk_forward<float>(problem);
+    });
+}
+
+EXPORT int32_t chunk_sparse_backward(const Problem* p) {
+    return run_chunks(*p, [](const Problem& problem) {
+        problem.dtype == DType::kFloat64
+            ? block_sparse::backward<double, SelectingQueries<double>>(problem)
+            : block_sparse::backward<float, SelectingQueries<float>>(problem);
+    });
+}
+
+EXPORT int32_t select_per_query(const Selection* given) {
+    const int64_t steps = block_sparse::round_up(given->q_len, block_sparse::kMaxQueries) /
+                          block_sparse::kMaxQueries;
+    const Selection s = with_useful_threads(*given, given->batch * given->q_heads * steps);
+    if (!std::all_of(s.own, s.own + s.videos(),
+                     [&](int32_t chunk) { return chunk >= 0 && chunk < s.chunks; }))
+        return kOutOfRange;
+    return status_of([&] {
+        s.dtype == DType::kFloat64 ? block_sparse::select_per_query<double>(s)
+                                   : block_sparse::select_per_query<float>(s);
     });
 }
 

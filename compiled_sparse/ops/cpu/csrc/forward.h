@@ -14,23 +14,21 @@
 
 namespace block_sparse {
 
-// What one thread keeps for the queries at work; minor dimension of matrices: the query.
+// What one thread keeps for the queries at work.
 template <class T>
 struct ForwardScratch {
-    T* rows;    // [query][dim] on the way in and out
+    T* rows;    // [query][dim] scaled queries, then sums of e^(score - top) times values
     T* q;       // [dim][query]
     T* scores;  // [key][query]
-    T* out;     // [dim][query]
     T* top;     // [query] largest score so far
     T* sum;     // [query] sum of e^(score - top)
     T* decay;   // [query] e^(previous top - top)
 
-    ForwardScratch(Carver<T>& carver, int64_t dim) {
+    ForwardScratch(Carver<T>& carver, const Problem& p) {
         constexpr int64_t stride = kQueryStride<T>;
-        rows = carver.take(kMaxQueries * dim_stride<T>(dim));
-        q = carver.take(round_up(dim, kLanes<T>) * stride);
+        rows = carver.take(kMaxQueries * dim_stride<T>(p.dim));
+        q = carver.take(round_up(p.dim, kLanes<T>) * stride);
         scores = carver.take((kMaxKeys + kTileRows) * stride);
-        out = carver.take(round_up(dim, kLanes<T>) * stride);
         top = carver.take(stride);
         sum = carver.take(stride);
         decay = carver.take(stride);
@@ -80,43 +78,47 @@ inline void softmax_step(const ForwardScratch<T>& w, int keys, int queries) {
         softmax_columns<T, Round, 1>(w.scores + i, keys, w.top + i, w.sum + i, w.decay + i);
 }
 
-// Attention of the queries of `part` in one head; leaves w.out and w.sum, w.top.
+template <class T>
+inline void load_queries(const Head& q, const QueryPart& part, int dim, T scale,
+                         const ForwardScratch<T>& w) {
+    const int64_t ldd = dim_stride<T>(dim);
+    gather_queries(q, part, dim, scale, w.rows);
+    transpose(w.rows, ldd, w.q, kQueryStride<T>, part.count, dim);
+}
+
+// Attention of the queries in w.q; goes on from w.rows, w.sum and w.top where `start` is kScale.
+// Returns how to go on further: kZero if there was no key yet.
 template <class T, class Round>
-inline bool attend(const PackedHead<T>& head, const List& list, int dim, int queries,
-                   const ForwardScratch<T>& w) {
+inline Start attend(const PackedHead<T>& head, const List& list, int dim, int queries, Start start,
+                    const ForwardScratch<T>& w) {
     constexpr int64_t stride = kQueryStride<T>;
     const int64_t ldd = dim_stride<T>(dim);
-    std::fill(w.top, w.top + stride, -std::numeric_limits<T>::infinity());
-    std::fill(w.sum, w.sum + stride, T(0));
-    Start start = Start::kZero;
     for_each_chunk(list, *head.rows, [&](const Chunk& chunk, const Chunk& next) {
         const int64_t at = chunk.row * ldd, then = next.row * ldd, ahead = next.count * ldd;
         gemm<T, Layout::kRows>({head.k + at, ldd, w.q, stride, w.scores, stride, nullptr},
                                chunk.count, queries, dim, Start::kZero, {head.k + then, ahead});
         softmax_step<T, Round>(w, chunk.count, queries);
-        gemm<T, Layout::kColumns>({head.v + at, ldd, w.scores, stride, w.out, stride, w.decay},
-                                  dim, queries, chunk.count, start, {head.v + then, ahead});
+        gemm<T, Layout::kColumns>({w.scores, stride, head.v + at, ldd, w.rows, ldd, w.decay},
+                                  queries, dim, chunk.count, start, {head.v + then, ahead});
         start = Start::kScale;
     });
-    return start == Start::kScale;
+    return start;
 }
 
 template <class T, class Round>
 inline void forward_item(const Problem& p, const PackedHead<T>& head, int64_t batch,
                          int64_t q_head, const QueryPart& part, const ForwardScratch<T>& w) {
-    constexpr int64_t stride = kQueryStride<T>;
     const int dim = static_cast<int>(p.dim);
     const int64_t ldd = dim_stride<T>(dim);
     const Head q = head_of(p.q, p.dtype, batch, q_head);
     const Head out = head_of(p.out, p.dtype, batch, q_head);
     T* lse = static_cast<T*>(p.lse) + (batch * p.q_heads + q_head) * p.q_len;
 
-    gather_queries(q, part, dim, T(p.scale), w.rows);
-    transpose(w.rows, ldd, w.q, stride, part.count, dim);
+    load_queries(q, part, dim, T(p.scale), w);
+    std::fill(w.top, w.top + kQueryStride<T>, -std::numeric_limits<T>::infinity());
+    std::fill(w.sum, w.sum + kQueryStride<T>, T(0));
     const List list = list_of(p, batch, q_head, part.block);
-    if (attend<T, Round>(head, list, dim, part.count, w)) {
-        transpose(w.out, stride, w.rows, ldd, dim, part.count);
-    } else {
+    if (attend<T, Round>(head, list, dim, part.count, Start::kZero, w) == Start::kZero) {
         std::fill(w.rows, w.rows + part.count * ldd, T(0));
         std::fill(w.sum, w.sum + part.count, T(1));
     }
@@ -135,27 +137,36 @@ inline int64_t packed_slots(const Problem& p) {
     return std::max<int64_t>(1, std::min(p.batch * p.kv_heads, most_bytes / bytes));
 }
 
-template <class T, class Round>
-void forward(const Problem& p) {
-    const std::vector<QueryPart> parts = query_parts(p);
-    const auto part_count = static_cast<int64_t>(parts.size());
+// Packs every kv head and calls run(packed head, batch, q head, piece, scratch) for each of the
+// `pieces` of the queries of its q heads.
+template <class T, class Scratch, class Run>
+void for_each_piece(const Problem& p, int64_t pieces, Run run) {
     const int64_t group = p.q_heads / p.kv_heads, slots = packed_slots<T>(p);
     const PackedHeads<T> packed(p, slots);
-    const ThreadScratch<T, ForwardScratch<T>> scratch(p);
-    Pipeline pipeline(p.batch * p.kv_heads, packed.tasks(), group * part_count, slots);
+    const ThreadScratch<T, Scratch> scratch(p);
+    Pipeline pipeline(p.batch * p.kv_heads, packed.tasks(), group * pieces, slots);
 #pragma omp parallel num_threads(p.threads)
     {
-        const ForwardScratch<T> w = scratch.at(omp_get_thread_num());
+        const Scratch w = scratch.at(omp_get_thread_num());
         const auto pack = [&](int64_t head, int64_t task) {
             packed.pack(head, head % slots, task);
         };
-        const auto attend = [&](int64_t head, int64_t item) {
-            const int64_t q_head = head % p.kv_heads * group + item / part_count;
-            forward_item<T, Round>(p, packed.at(head, head % slots), head / p.kv_heads, q_head,
-                                   parts[item % part_count], w);
+        const auto use = [&](int64_t head, int64_t item) {
+            run(packed.at(head, head % slots), head / p.kv_heads,
+                head % p.kv_heads * group + item / pieces, item % pieces, w);
         };
-        pipeline.run(pack, attend);
+        pipeline.run(pack, use);
     }
+}
+
+template <class T, class Round>
+void forward(const Problem& p) {
+    const std::vector<QueryPart> parts = query_parts(p);
+    const auto attend = [&](const PackedHead<T>& head, int64_t batch, int64_t q_head,
+                            int64_t piece, const ForwardScratch<T>& w) {
+        forward_item<T, Round>(p, head, batch, q_head, parts[piece], w);
+    };
+    for_each_piece<T, ForwardScratch<T>>(p, static_cast<int64_t>(parts.size()), attend);
 }
 
 }  // namespace block_sparse

@@ -1,4 +1,4 @@
-// C = A B, C += A B and C = C diag(s) + A B on small matrices held in cache.
+// C = A B, C += A B and C = diag(s) C + A B on small matrices held in cache.
 #pragma once
 
 #include "vector.h"
@@ -18,7 +18,7 @@ struct Operands {
     ptrdiff_t ldb;
     T* c;  // C(m, n) = c[m * ldc + n], rows aligned to a vector.
     ptrdiff_t ldc;
-    const T* scale;  // One factor for each column, read for Start::kScale.
+    const T* scale;  // One factor for each row, read for Start::kScale.
 };
 
 // Memory that the next product needs, to be prefetched during this one.
@@ -48,8 +48,9 @@ inline void tile(const Operands<T>& o, int depth, int rows, Start start) {
             if (start == Start::kZero) {
                 acc[r][j] = Vec<T>{};
             } else {
-                acc[r][j] = load(o.c + (r < rows ? r : 0) * o.ldc + j * W);
-                if (start == Start::kScale) acc[r][j] *= load(o.scale + j * W);
+                const int row = r < rows ? r : 0;
+                acc[r][j] = load(o.c + row * o.ldc + j * W);
+                if (start == Start::kScale) acc[r][j] *= broadcast<T>(o.scale[row]);
             }
         }
     const T* a[R];
@@ -86,6 +87,7 @@ inline void tile_column(Operands<T> o, int m, int depth, Start start, Ahead<T> a
         tile<T, kTileRows, N, L>(o, depth, m, start);
         o.a += kTileRows * step;
         o.c += kTileRows * o.ldc;
+        if (start == Start::kScale) o.scale += kTileRows;
         m -= kTileRows;
     }
     if (m > 0) tile<T, kTileRows / 2, N, L>(o, depth, m, start);
@@ -101,7 +103,6 @@ void gemm(Operands<T> o, int m, int n, int depth, Start start, Ahead<T> ahead = 
         ahead = {};
         o.b += 2 * W;
         o.c += 2 * W;
-        if (start == Start::kScale) o.scale += 2 * W;
     }
     if (n > 0) tile_column<T, 1, L>(o, m, depth, start, ahead);
 }

@@ -28,6 +28,8 @@ struct Problem {
     const int32_t* q_tokens;  // [q_blocks, q_block], -1 pads the end of a row
     const int32_t* kv_tokens;
     const uint8_t* key_mask;  // [batch, kv_len] or null
+    // In place of lists: [batch, q_heads, kv_blocks, ceil(q_len / 32)], a bit for each query.
+    const uint32_t* selected;
     double scale;
     DType dtype;
     int32_t threads;
@@ -92,9 +94,11 @@ class Carver {
 public:
     explicit Carver(T* memory) : memory_(memory) {}
 
-    T* take(int64_t elements) {
-        T* start = memory_ ? memory_ + used_ : nullptr;
-        used_ += round_up(elements, kLineBytes / static_cast<int64_t>(sizeof(T)));
+    template <class U = T>
+    U* take(int64_t elements) {
+        U* start = memory_ ? reinterpret_cast<U*>(memory_ + used_) : nullptr;
+        const auto bytes = elements * static_cast<int64_t>(sizeof(U));
+        used_ += round_up(bytes, kLineBytes) / static_cast<int64_t>(sizeof(T));
         return start;
     }
     int64_t used() const { return used_; }
@@ -104,27 +108,27 @@ private:
     int64_t used_ = 0;
 };
 
-// Memory for the Scratch of each thread.
-template <class T, class Scratch>
+// Memory for the Scratch of each thread, of the size that the problem asks for.
+template <class T, class Scratch, class P = Problem>
 class ThreadScratch {
 public:
-    explicit ThreadScratch(const Problem& p)
-        : dim_(p.dim), elements_(needed(p.dim)), memory_(p.threads * elements_ * sizeof(T)) {}
+    explicit ThreadScratch(const P& p)
+        : p_(p), elements_(needed(p)), memory_(p.threads * elements_ * sizeof(T)) {}
 
     Scratch at(int64_t thread) const {
         Carver<T> carver(memory_.template at<T>(thread * elements_));
-        return Scratch(carver, dim_);
+        return Scratch(carver, p_);
     }
 
 private:
-    static int64_t needed(int64_t dim) {
+    static int64_t needed(const P& p) {
         Carver<T> carver(nullptr);
-        const Scratch unused(carver, dim);
+        const Scratch unused(carver, p);
         // A gap of two lines, as lines are prefetched in pairs.
         return carver.used() + 2 * kLineBytes / static_cast<int64_t>(sizeof(T));
     }
 
-    int64_t dim_;
+    const P& p_;
     int64_t elements_;
     Buffer memory_;
 };
@@ -189,6 +193,13 @@ inline List list_of(const Problem& p, int64_t batch, int64_t head, int64_t q_blo
     return {p.indices + indices, p.counts[counts]};
 }
 
+// Size of each of the fewest even parts, of at most `most` and a multiple of `multiple` each, that
+// `count` falls into; the last one may be smaller.
+inline int32_t even_share(int32_t count, int32_t most, int32_t multiple) {
+    const int32_t parts = std::max((count + most - 1) / most, 1);
+    return std::min(static_cast<int32_t>(round_up((count + parts - 1) / parts, multiple)), most);
+}
+
 // Up to kMaxKeys packed rows of one block.
 struct Chunk {
     int32_t block;
@@ -203,9 +214,7 @@ inline void for_each_chunk(const List& list, const KeyRows& rows, Visit visit) {
     Chunk last{};
     for (const int32_t block : list) {
         const int32_t end = rows.first[block + 1], begin = rows.first[block];
-        const int32_t chunks = (end - begin + kMaxKeys - 1) / kMaxKeys;
-        const int32_t even = (end - begin + chunks - 1) / std::max(chunks, 1);
-        const auto size = std::min<int32_t>(round_up(even, kTileRows), kMaxKeys);
+        const int32_t size = even_share(end - begin, kMaxKeys, kTileRows);
         for (int32_t row = begin; row < end; row += size) {
             const Chunk chunk{block, row, std::min(size, end - row)};
             if (last.count) visit(last, chunk);
