@@ -1,6 +1,7 @@
 """Run benchmark suites and record the results.
 
-python -m benchmarks [kernel sta swba vsa sla model masks overhead] [--rounds 7] [--output FILE]
+python -m benchmarks [kernel sta swba vsa sla vmoba mechanisms model masks overhead]
+    [--rounds 7] [--output FILE]
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch._inductor.config
 
 from benchmarks import kernel
 from benchmarks import masks
+from benchmarks import mechanisms
 from benchmarks import model
 from benchmarks import overhead
 from benchmarks import sla
 from benchmarks import sta
 from benchmarks import swba
+from benchmarks import vmoba
 from benchmarks import vsa
 from benchmarks.timing import environment
 
@@ -28,6 +31,8 @@ SUITES = {
     "swba": swba.run,
     "vsa": vsa.run,
     "sla": sla.run,
+    "vmoba": vmoba.run,
+    "mechanisms": mechanisms.run,
     "model": model.run,
     "masks": masks.run,
     "overhead": overhead.run,

@@ -16,11 +16,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
+from benchmarks.timing import backward_medians
 from benchmarks.timing import interleaved_medians
 from benchmarks.timing import ratios
 from compiled_sparse.layout import ceil_div
 from compiled_sparse.ops import block_sparse_attention
 from compiled_sparse.ops.linear_attention import linear_attention
+from compiled_sparse.synthetic import smooth_tokens
 
 HEADS, RATIO, BLOCK_Q, BLOCK_K = 4, 0.1, 128, 64
 LENGTHS = (8192, 8150)
@@ -114,22 +116,8 @@ def measure(length: int, head_dim: int, dtype: torch.dtype, rounds: int) -> dict
         "density": density,
         "limit": 1 / density,
         "forward": _ratios(seconds, density),
-        "backward": _ratios(_backward(functions, inputs, rounds), density),
+        "backward": _ratios(backward_medians(functions, inputs, rounds), density),
     }
-
-
-def _backward(
-    functions: dict[str, Function], inputs: list[Tensor], rounds: int
-) -> dict[str, float]:
-    leaves = [each.clone().requires_grad_() for each in inputs]
-    grad = torch.randn_like(inputs[0])
-    outputs = {name: function(*leaves) for name, function in functions.items()}
-
-    def backward(name: str) -> Callable[[], Any]:
-        used = leaves[:3] if name in ("dense", "kernel_op") else leaves
-        return lambda: torch.autograd.grad(outputs[name], used, grad, retain_graph=True)
-
-    return interleaved_medians({name: backward(name) for name in outputs}, rounds)
 
 
 def _ratios(seconds: dict[str, float], density: float) -> dict[str, Any]:
@@ -144,12 +132,7 @@ def compare_blocks(head_dim: int) -> dict[str, Any]:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def smooth() -> Tensor:
-        coarse = torch.randn(HEADS, head_dim, *(side // 4 for side in GRID), generator=generator)
-        field = F.interpolate(coarse, GRID, mode="trilinear").flatten(2).transpose(1, 2)
-        return (2 * field + 0.5 * torch.randn(field.shape, generator=generator))[None]
-
-    q, k, v = smooth(), smooth(), smooth()
+    q, k, v = (smooth_tokens(GRID, HEADS, head_dim, generator) for _ in range(3))
     result: dict[str, Any] = {"case": f"runs and boxes, grid 16x16x32 D{head_dim}"}
     everything = cs.SLA(topk_ratio=1.0, proj=None)
     expected, dense_lse = cs.attention(q, k, v, everything, return_lse=True)

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
+from benchmarks.timing import backward_medians
 from benchmarks.timing import interleaved_medians
 from benchmarks.timing import ratios
 from compiled_sparse.config import MechanismConfig
@@ -49,16 +50,21 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, length, head_dim, generator=generator) for _ in range(3))
     flex = _flex(grid, config)
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cs.attention(q, k, v, config, grid_thw=grid)
+
     with torch.no_grad():
         seconds = interleaved_medians(
             {
                 "dense": lambda: F.scaled_dot_product_attention(q, k, v),
                 "flex_attention": lambda: flex(q, k, v),
-                "compiled_sparse": lambda: cs.attention(q, k, v, config, grid_thw=grid),
+                "compiled_sparse": lambda: sparse(q, k, v),
             },
             rounds,
         )
-    seconds_backward = _backward(q, k, v, config, grid, rounds)
+    trained = {"dense": F.scaled_dot_product_attention, "compiled_sparse": sparse}
+    seconds_backward = backward_medians(trained, (q, k, v), rounds)
     name = f"grid {'x'.join(map(str, grid))} {config.describe()} D{head_dim}"
     return {
         "case": name,
@@ -67,22 +73,6 @@ def measure(
         "forward": ratios(seconds, density),
         "backward": ratios(seconds_backward, density),
     }
-
-
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, config: MechanismConfig, grid: tuple[int, ...], rounds: int
-) -> dict[str, float]:
-    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    dense = F.scaled_dot_product_attention(*leaves)
-    sparse = cs.attention(leaves[0], leaves[1], leaves[2], config, grid_thw=grid)
-    grad = torch.randn_like(dense)
-    return interleaved_medians(
-        {
-            "dense": lambda: torch.autograd.grad(dense, leaves, grad, retain_graph=True),
-            "compiled_sparse": lambda: torch.autograd.grad(sparse, leaves, grad, retain_graph=True),
-        },
-        rounds,
-    )
 
 
 def run(rounds: int) -> list[dict[str, Any]]:

@@ -8,10 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 WARM_UP_SECONDS = 3.0
 
@@ -51,6 +53,31 @@ def interleaved_medians(
         for name, function in functions.items():
             seconds[name].append(clock(function))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def backward_medians(
+    functions: Mapping[str, Callable[..., Tensor]], inputs: Sequence[Tensor], rounds: int
+) -> dict[str, float]:
+    """Time the backward alone of functions of the same tensors, in turns.
+
+    Args:
+        functions: By name, each called with all inputs.
+        inputs: Tensors; gradients of those that a function makes no use of are not computed.
+        rounds: How often each is timed.
+
+    Returns:
+        Median seconds by name.
+    """
+    leaves = [each.detach().clone().requires_grad_() for each in inputs]
+    outputs = {name: function(*leaves) for name, function in functions.items()}
+    grad = torch.randn_like(next(iter(outputs.values())))
+
+    def backward(output: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(
+            output, leaves, grad, retain_graph=True, allow_unused=True
+        )
+
+    return interleaved_medians({name: backward(output) for name, output in outputs.items()}, rounds)
 
 
 def ratios(seconds: Mapping[str, float], density: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
+from benchmarks.timing import backward_medians
 from benchmarks.timing import interleaved_medians
 from benchmarks.timing import ratios
 from compiled_sparse.layout import BlockLayout
@@ -120,22 +121,8 @@ def measure(
         "density": density,
         "limit": 1 / density,
         "forward": _ratios(seconds, density),
-        "backward": _ratios(_backward(functions, inputs, rounds), density),
+        "backward": _ratios(backward_medians(functions, inputs, rounds), density),
     }
-
-
-def _backward(
-    functions: dict[str, Function], inputs: list[Tensor], rounds: int
-) -> dict[str, float]:
-    leaves = [each.clone().requires_grad_() for each in inputs]
-    grad = torch.randn_like(inputs[0])
-    outputs = {name: function(*leaves) for name, function in functions.items()}
-
-    def backward(name: str) -> Callable[[], Any]:
-        used = leaves if name in ("eager", "compiled") else leaves[:3]
-        return lambda: torch.autograd.grad(outputs[name], used, grad, retain_graph=True)
-
-    return interleaved_medians({name: backward(name) for name in outputs}, rounds)
 
 
 def _ratios(seconds: dict[str, float], density: float) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import triton
 from benchmarks.audit.bounds import SHARED_BYTES
 from benchmarks.audit.cases import all_cases
 from benchmarks.audit.cases import quick_cases
+from benchmarks.audit.chunk_cases import chunk_cases
+from benchmarks.audit.chunk_cases import quick_chunk_cases
 from benchmarks.audit.report import audit
 
 COLUMNS = (
@@ -33,7 +35,9 @@ def main() -> int:
     records: list[dict[str, Any]] = []
     print("\t".join(COLUMNS))
     for chip in arguments.chips or SHARED_BYTES:
-        cases = quick_cases() if arguments.quick else all_cases()
+        cases = [*quick_cases(), *quick_chunk_cases()]
+        if not arguments.quick:
+            cases = [*all_cases(), *chunk_cases()]
         for record in audit(chip, [case for case in cases if arguments.only in case.name]):
             records.append(record)
             line = [str(record.get(column, "")) for column in COLUMNS]

@@ -22,6 +22,9 @@ MATRIX_KERNELS = (
     "attention_forward_boxes",
     "attention_backward_queries",
     "attention_backward_keys",
+    "chunk_attention_forward",
+    "chunk_attention_backward_queries",
+    "chunk_attention_backward_keys",
 )
 MATRIX_KIND = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 """The instruction that reaches the chip's rate; HMMA on the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +12,16 @@ from benchmarks.audit.bounds import violations
 from benchmarks.audit.cases import Case
 from benchmarks.audit.cases import launch_helpers
 from benchmarks.audit.cases import launches
+from benchmarks.audit.chunk_cases import ChunkCase
+from benchmarks.audit.chunk_cases import chunk_launches
+from benchmarks.audit.chunk_cases import selection_launches
 from benchmarks.audit.machine_code import usage
 from benchmarks.audit.offline import Compiled
 from benchmarks.audit.offline import compiling_for
 from benchmarks.audit.switches import switches
 
 
-def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
+def audit(chip: str, cases: Iterable[Case | ChunkCase]) -> Iterator[dict[str, Any]]:
     """Yield one record for each kernel of each case.
 
     A kernel that several cases compile alike (those for lists) is reported once.
@@ -27,9 +31,7 @@ def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
         if case.precision == "tf32" and not chip.startswith("sm_"):
             continue
         with compiling_for(chip) as compiled, switches(case.precision, case.boxes):
-            for launch in launches(case):
-                launch()
-            launch_helpers(case)
+            _launch(case)
         for kernel in compiled:
             record = _record(chip, case, kernel)
             if "error" in record or record["hash"] not in seen:
@@ -37,7 +39,17 @@ def audit(chip: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _record(chip: str, case: Case, kernel: Compiled) -> dict[str, Any]:
+def _launch(case: Case | ChunkCase) -> None:
+    if isinstance(case, ChunkCase):
+        for launch in (*chunk_launches(case), *selection_launches(case)):
+            launch()
+        return
+    for launch in launches(case):
+        launch()
+    launch_helpers(case)
+
+
+def _record(chip: str, case: Case | ChunkCase, kernel: Compiled) -> dict[str, Any]:
     record = {
         "chip": chip,
         "kernel": kernel.kernel,
@@ -63,7 +75,7 @@ def _record(chip: str, case: Case, kernel: Compiled) -> dict[str, Any]:
     return record | used.as_dict() | {"violations": list(wrong), "hash": kernel.result.hash}
 
 
-def _has_matrix_instructions(case: Case) -> bool:
+def _has_matrix_instructions(case: Case | ChunkCase) -> bool:
     return (
         case.quantized
         or case.dtype.itemsize == 2
@@ -72,5 +84,5 @@ def _has_matrix_instructions(case: Case) -> bool:
 
 
 def _own_rows(kernel: Compiled) -> int:
-    side = "BLOCK_N" if kernel.kernel == "attention_backward_keys" else "BLOCK_M"
+    side = "BLOCK_N" if kernel.kernel.endswith("backward_keys") else "BLOCK_M"
     return int(kernel.constants.get(side, 0))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import compiled_sparse as cs
+from benchmarks.gpu import chunks
 from benchmarks.gpu import quantized
 from benchmarks.gpu.reference import GRADIENTS
 from benchmarks.gpu.reference import Problem
@@ -28,6 +29,21 @@ SELECTING = {
     "SLA": cs.SLA(topk_ratio=0.4, block_q=64, block_k=32),
     "SLA on boxes": cs.SLA(topk_ratio=0.4, block_q=(4, 8, 4), block_k=TILE),
     "SageSLA": cs.SageSLA(topk_ratio=0.4, block_q=64, block_k=32),
+    "VMoBA, temporal": cs.VMoBA(temporal_chunk_size=1.5, spatial_layer=0, st_layer=0),
+    "VMoBA, spatial": cs.VMoBA(
+        spatial_chunk_size=(4, 4),
+        spatial_topk=3,
+        moba_select_mode="topk",
+        temporal_layer=0,
+        st_layer=0,
+    ),
+    "VMoBA, spatio-temporal, groups": cs.VMoBA(
+        st_chunk_size=TILE,
+        moba_threshold=0.4,
+        moba_threshold_type="head_global",
+        temporal_layer=0,
+        spatial_layer=0,
+    ),
 }
 SELECTING_TOLERANCES = {LOW: (2e-2, 5e-2), FULL: (1e-4, 1e-4)}
 """Relative errors of output and gradients beside the reference in the same dtype."""
@@ -61,7 +77,7 @@ def cases(settings: Settings) -> dict[str, CaseFunction]:
     functions["opcheck quantized_block_sparse_attention"] = functools.partial(
         _opcheck_quantized, grid, device
     )
-    return functions | quantized.cases(settings)
+    return functions | chunks.cases(settings) | quantized.cases(settings)
 
 
 def _selection(grid: Grid, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -164,6 +180,9 @@ def _selecting(
     """Compare all branches, and all gradients, with the reference, which selects in this dtype."""
     # Quarters: their sums are exact in any order, so that both select the same blocks.
     q, k, v = ((4 * each).round() / 4 for each in _inputs(grid, device, dtype, 64))
+    if isinstance(config, cs.VMoBA):
+        # Means of any number of keys are not exact; a product with one channel is rounded once.
+        q = q.masked_fill(torch.arange(64, device=device) != q[..., :1].abs() * 4, 0.0)
     learned = _learned(config, q)
     inputs = {"q": q, "k": k, "v": v, **learned}
     mask = _key_mask(q.shape[2], device) if masked else None
@@ -198,6 +217,8 @@ def _learned(config: MechanismConfig, q: Tensor) -> dict[str, Tensor]:
     """Return the learned tensors of a mechanism, none of them zero."""
     if isinstance(config, cs.VSA):
         return {"gate": torch.randn_like(q)}
+    if isinstance(config, cs.VMoBA):
+        return {}
     size = q.shape[-1]
     weight = torch.randn(size, size, device=q.device) / size**0.5
     return {"weight": weight, "bias": torch.randn(size, device=q.device)}

@@ -52,7 +52,7 @@ QUANTIZED = "compiled_sparse, quantised"
 QUANTIZED_TOLERANCE = 0.1
 """Relative distance of quantised attention from unquantised, on normally distributed inputs."""
 
-_PEER_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)
+PEER_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)
 
 _dense_of: dict[tuple[Shape, str], Dense | str] = {}
 """The fastest dense backend by shape and direction: the same for all sparsities."""
@@ -62,11 +62,19 @@ def cases(settings: Settings) -> dict[str, CaseFunction]:
     """Return the measurements by name, the most important first."""
     chosen = quick_cases() if settings.quick else speed_cases()
     return {
-        case.name: functools.partial(_measure_if_it_fits, case, settings.device) for case in chosen
+        case.name: functools.partial(if_it_fits, measure, case, settings.device) for case in chosen
     }
 
 
-def _measure_if_it_fits(case: SpeedCase, device: str) -> dict[str, Any]:
+Measure = Callable[[SpeedCase, str], dict[str, Any]]
+
+
+def if_it_fits(measure: Measure, case: SpeedCase, device: str) -> dict[str, Any]:
+    """Measure a case.
+
+    Raises:
+        SkippedError: if the memory is too small.
+    """
     try:
         return measure(case, device)
     except torch.OutOfMemoryError as error:
@@ -83,12 +91,12 @@ def measure(case: SpeedCase, device: str) -> dict[str, Any]:
         AssertionError: if the sampled rows are wrong; nothing is timed then.
     """
     generator = torch.Generator(device).manual_seed(0)
-    inputs = _inputs(case.shape, generator)
+    inputs = random_inputs(case.shape, generator)
     indices, counts = block_lists(case, generator)
     attend = functools.partial(_attend, case.layout, indices, counts)
     errors = check_rows(case, inputs, indices, counts)
     clock = cuda_clock() if device == "cuda" else wall_clock
-    functions: Timed = {SPARSE: _timed(case, attend, inputs)}
+    functions: Timed = {SPARSE: timed(case, attend, inputs)}
     if case.direction == "forward" and device == "cuda":
         with variant("boxes", torch.device(device)):
             check_rows(case, inputs, indices, counts)
@@ -96,18 +104,18 @@ def measure(case: SpeedCase, device: str) -> dict[str, Any]:
     if case.direction == "forward" and case.shape.head_dim in HEAD_DIMS:
         in_eight_bits = functools.partial(_attend_quantized, case.layout, indices, counts)
         _check_quantized(in_eight_bits(*inputs), attend(*inputs))
-        functions[QUANTIZED] = _timed(case, in_eight_bits, inputs)
+        functions[QUANTIZED] = timed(case, in_eight_bits, inputs)
     notes: dict[str, Any] = {}
-    dense = _dense(case, inputs, clock)
+    dense = fastest_dense_of(case, inputs, clock)
     if isinstance(dense, Dense):
-        functions[DENSE] = _timed(case, dense, inputs)
+        functions[DENSE] = timed(case, dense, inputs)
         notes[DENSE] = {"milliseconds": dense.milliseconds, "not run": dense.errors}
     else:
         notes[DENSE] = dense
     flex, notes[FLEX] = _flex(case, inputs, indices, counts, compiled=device == "cuda")
     functions |= flex
     moves = _moves(case, inputs, indices, counts) if case.moves else {}
-    seconds, broken = _time(functions | moves, clock)
+    seconds, broken = in_turns(functions | moves, clock)
     moved = _moving_tokens({name: seconds.pop(name) for name in moves if name in seconds}, seconds)
     result = describe(case, _pairs(case, indices, counts), seconds, device_name(device))
     name = dense.name if isinstance(dense, Dense) else None
@@ -120,7 +128,7 @@ def measure(case: SpeedCase, device: str) -> dict[str, Any]:
     }
 
 
-def _inputs(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def random_inputs(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Random q, k and v in [batch, length, heads, head_dim] memory, as models have them."""
     length = torch.Size(shape.grid).numel() + shape.text
     sizes = (1, length, shape.heads, shape.head_dim)
@@ -249,7 +257,7 @@ def cuda_clock() -> Clock:
     return clock
 
 
-def _timed(
+def timed(
     case: SpeedCase, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> Callable[[], Any]:
     """What is timed of an implementation: its forward without gradients, or its backward alone."""
@@ -271,7 +279,10 @@ def _in_variant(name: str, device: str, function: Callable[[], Any]) -> Callable
     return call
 
 
-def _dense(case: SpeedCase, inputs: tuple[Tensor, Tensor, Tensor], clock: Clock) -> Dense | str:
+def fastest_dense_of(
+    case: SpeedCase, inputs: tuple[Tensor, Tensor, Tensor], clock: Clock
+) -> Dense | str:
+    """Return the fastest dense backend for the shape and direction of a case, or why none is."""
     key = (case.shape, case.direction)
     if key not in _dense_of:
         _dense_of[key] = fastest_dense(inputs, case.direction, clock)
@@ -291,8 +302,8 @@ def _flex(
     moved = tuple(order.move(each).contiguous() for each in inputs)
     try:
         attend = flex_attend(order, indices, counts, compiled=compiled)
-        function = _timed(case, attend, (moved[0], moved[1], moved[2]))
-    except _PEER_ERRORS as error:
+        function = timed(case, attend, (moved[0], moved[1], moved[2]))
+    except PEER_ERRORS as error:
         return {}, first_line(error)
     return {FLEX: function}, note
 
@@ -322,7 +333,7 @@ def _moving_tokens(moves: dict[str, float], seconds: dict[str, float]) -> dict[s
     return {**milliseconds, "total over in place": total / seconds[SPARSE]}
 
 
-def _time(functions: Timed, clock: Clock) -> tuple[dict[str, float], dict[str, str]]:
+def in_turns(functions: Timed, clock: Clock) -> tuple[dict[str, float], dict[str, str]]:
     """Time in turns what runs at all; an error of a peer is noted, one of the kernel raises."""
     working: Timed = {}
     broken: dict[str, str] = {}
@@ -332,7 +343,7 @@ def _time(functions: Timed, clock: Clock) -> tuple[dict[str, float], dict[str, s
             function()
             total += clock(function)
             working[name] = function
-        except _PEER_ERRORS as error:
+        except PEER_ERRORS as error:
             if name == SPARSE:
                 raise
             broken[name] = first_line(error)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import chunk_speed
 from benchmarks.gpu import correctness
 from benchmarks.gpu import model
 from benchmarks.gpu import operators
@@ -32,11 +33,16 @@ from benchmarks.gpu.settings import CaseFunction
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.settings import SkippedError
 
+
+def _speed(settings: Settings) -> dict[str, CaseFunction]:
+    return speed.cases(settings) | chunk_speed.cases(settings)
+
+
 SECTIONS: dict[str, Callable[[Settings], dict[str, CaseFunction]]] = {
     "correctness": correctness.cases,
     "operators": operators.cases,
     "model": model.cases,
-    "speed": speed.cases,
+    "speed": _speed,
 }
 """The parts of a run, in order; each gives its cases by name."""
 
