@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from compiled_sparse import cli
 from compiled_sparse import config
 from compiled_sparse import registry
 from compiled_sparse import selector
@@ -29,6 +30,7 @@ README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION 
         for name in ("start", "report", "environment", "sta", "swba", "policy", "migration")
     ),
 )
+MECHANISMS = ROOT / "docs" / "mechanisms.md"
 
 
 @cache
@@ -189,3 +191,30 @@ def test_the_schedule_example_starts_at_dense_attention(
     printed = capsys.readouterr().out
     far = [float(error) for error in re.findall(r"step [12]: (\S+) from dense", printed)]
     assert min(far) > 1e-3
+
+
+def plot_commands() -> list[str]:
+    """The arguments of each plot command on the page of mechanisms."""
+    return re.findall(
+        r"^`compiled-sparse (plot [^`]*)`$", MECHANISMS.read_text("utf-8"), re.MULTILINE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", plot_commands())
+def test_a_plot_command_of_the_mechanisms_page_draws(command: str, tmp_path: Path) -> None:
+    assert cli.main([*command.split(), "--output", str(tmp_path / "pattern.png")]) == 0
+    assert (tmp_path / "pattern.png").stat().st_size > 10_000
+
+
+def test_the_mechanisms_page_has_a_section_and_a_picture_of_every_mechanism() -> None:
+    text = MECHANISMS.read_text(encoding="utf-8")
+    pictures = set(re.findall(r"images/pattern_(\w+)\.png", text))
+    names = {"dense", *(each.name for each in registry.mechanisms())}
+    assert pictures >= names
+    assert len(plot_commands()) == len(pictures)
+    assert {name.split("`")[1].lower() for name, *_ in table_rows(MECHANISMS, "mechanism")} >= {
+        name.replace("_", "") for name in names
+    }
+    for name in pictures:
+        assert (MECHANISMS.parent / "images" / f"pattern_{name}.png").stat().st_size < 80_000

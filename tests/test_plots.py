@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,25 @@ from messages import Case
 from messages import assert_wording
 from messages import raise_statements
 from messages import raised_at
+from torch import Tensor
 
 import compiled_sparse as cs
 from compiled_sparse import errors
-from compiled_sparse import plots
+from compiled_sparse.block_lists import BlockLists
+from compiled_sparse.block_lists import block_lists
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.layout import BlockLayout
 from compiled_sparse.ops.plan import block_tokens
+from compiled_sparse.plots import drawing
 from compiled_sparse.plots import plot_pattern
+from compiled_sparse.plots.chunks import chunk_pattern
+from compiled_sparse.plots.pattern import MAX_BLOCKS
+from compiled_sparse.plots.pattern import Pattern
+from compiled_sparse.plots.pattern import View
+from compiled_sparse.plots.pattern import pattern_of
+from compiled_sparse.plots.words import words_for
 from compiled_sparse.reference.attention import token_mask
+from compiled_sparse.synthetic import made_up_tokens
 
 LAYOUTS = {
     "video, no tile divides it": (cs.STA(window_thw=(1, 3, 3), tile_thw=(2, 3, 4)), (3, 7, 10)),
@@ -33,34 +46,158 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("text", [cs.Text(), cs.Text(before=9, after=30)], ids=["", "text"])
-@pytest.mark.parametrize(("config", "grid"), LAYOUTS.values(), ids=LAYOUTS)
-def test_the_drawn_mask_and_frames_are_those_of_the_reference(
-    config: cs.STA, grid: tuple[int, ...], text: cs.Text
+CONTENT = {
+    "VSA": (cs.VSA(sparsity=0.6, tile_thw=(2, 3, 2)), (3, 7, 4)),
+    "SLA, runs": (cs.SLA(topk_ratio=0.3, block_q=16, block_k=7, proj=None), (3, 7, 4)),
+    "SLA, boxes": (
+        cs.SLA(topk_ratio=0.3, block_q=(2, 4, 2), block_k=(1, 3, 2), proj=None),
+        (3, 7, 4),
+    ),
+    "SageSLA": (cs.SageSLA(topk_ratio=0.3, block_q=16, block_k=7, proj=None), (64,)),
+}
+MECHANISMS = LAYOUTS | {
+    "SWBA": (cs.SWBA(block=11, window=2), (3, 7, 4)),
+    "Dense": (cs.Dense(), (3, 7, 4)),
+}
+DRAWN = {name: (MECHANISMS | CONTENT)[name] for name in (*LAYOUTS, "SWBA", "SLA, boxes")}
+DRAWN["VMoBA"] = (cs.VMoBA(), (3, 7, 4))
+TEXTS = pytest.mark.parametrize("text", [cs.Text(), cs.Text(before=9, after=30)], ids=["", "text"])
+
+
+def assert_drawn(pattern: Pattern, mask: Tensor, layouts: list[BlockLayout], text: cs.Text) -> None:
+    """Check block mask and tokens against a mask of tokens, bool [queries, keys]."""
+    queries, keys = (block_tokens(layout) for layout in layouts)
+    first = queries[:, 0].long(), keys[:, 0].long()  # one token of each block stands for it
+    assert torch.equal(pattern.mask > 0, mask[first[0]][:, first[1]])
+    assert (pattern.mask[pattern.row] == 2).sum() > 0
+    assert (pattern.mask == 2).sum() == (pattern.mask[pattern.row] == 2).sum()
+
+    tokens = pattern.tokens.flatten()
+    video = slice(text.before, text.before + tokens.numel())
+    own = torch.zeros(len(mask), dtype=torch.bool)
+    own[queries[pattern.row][queries[pattern.row] >= 0].long()] = True
+    assert torch.equal(tokens == 2, own[video])
+    assert torch.equal(tokens > 0, (mask[first[0][pattern.row]] | own)[video])
+    assert f"density {mask.float().mean():.3f}" in pattern.title
+
+
+def layouts_of(config: MechanismConfig, grid: tuple[int, ...], text: cs.Text) -> list[BlockLayout]:
+    """How queries and keys are cut into blocks."""
+    if config.grid_is_sequence:
+        grid, text = (math.prod(grid) + text.before + text.after,), cs.Text()
+    tile = config.resolve_tile(grid)
+    tiles = tile, getattr(config, "key_tile", tile)
+    return [BlockLayout(grid, each, text.before, text.after) for each in tiles]
+
+
+@TEXTS
+@pytest.mark.parametrize(("config", "grid"), MECHANISMS.values(), ids=MECHANISMS)
+def test_what_is_drawn_of_a_fixed_pattern_is_that_of_the_reference(
+    config: MechanismConfig, grid: tuple[int, ...], text: cs.Text
 ) -> None:
-    head = len(config.windows) - 1
-    pattern = plots._pattern(config, grid, text, None, head)
-    length = pattern.layout.num_tokens
+    head = len(config.windows) - 1 if isinstance(config, cs.STA) else 0
+    pattern = pattern_of(config, View(grid, text, head=head))
+    length = math.prod(grid) + text.before + text.after
     mask = token_mask(config, slice(0, length), length, length, grid, text)[0, head]
-    first = block_tokens(pattern.layout)[:, 0].long()  # one token of each block stands for it
-    drawn = torch.from_numpy(plots._block_mask(pattern))
-    assert torch.equal(drawn > 0, mask[first][:, first])
-    query_row = drawn[pattern.query_block]
-    assert (query_row == 2).sum() > 0
-    assert (drawn == 2).sum() == (query_row == 2).sum()
+    assert_drawn(pattern, mask, layouts_of(config, grid, text), text)
 
-    classes = torch.from_numpy(plots._token_classes(pattern)).flatten()
-    seen = mask[first[pattern.query_block], text.before : text.before + classes.numel()]
-    assert torch.equal(classes > 0, seen)
-    own = block_tokens(pattern.layout)[pattern.query_block]
-    assert (classes == 2).nonzero().flatten().tolist() == sorted(
-        (own[own >= 0] - text.before).tolist()
+
+@TEXTS
+@pytest.mark.parametrize(("config", "grid"), CONTENT.values(), ids=CONTENT)
+def test_what_is_drawn_of_a_selection_is_what_the_reference_attends_to(
+    config: MechanismConfig, grid: tuple[int, ...], text: cs.Text
+) -> None:
+    q, k, _ = (x / 8 for x in made_up_tokens(grid, 2, 64, text=text, seed=3))
+    values = torch.eye(q.shape[2]).expand(1, 2, -1, -1)  # so that outputs are weights
+    if isinstance(config, cs.SageSLA):  # whose small weights are zero in eight bits
+        fields = {name: getattr(config, name) for name in ("topk_ratio", "block_q", "block_k")}
+        exact: MechanismConfig = cs.SLA(**fields, proj=None)
+    else:
+        exact = config
+    weights = cs.reference.attention(q, k, values, exact, grid_thw=grid, text=text)
+    pattern = pattern_of(config, View(grid, text, head=1, qk=(q, k)))
+    assert_drawn(pattern, weights[0, 1] > 0, layouts_of(config, grid, text), text)
+    assert "Head 1 of the given queries and keys" in pattern.title
+
+
+@TEXTS
+@pytest.mark.parametrize("kind", ["temporal", "spatial", "st"])
+def test_what_is_drawn_of_a_query_s_own_selection_is_what_the_reference_attends_to(
+    kind: str, text: cs.Text
+) -> None:
+    grid, place = (3, 7, 4), (2, 5, 1)
+    layers = {f"{each}_layer": int(each == kind) for each in ("temporal", "spatial", "st")}
+    config = cs.VMoBA(
+        temporal_chunk_size=1,
+        spatial_chunk_size=(3, 2),
+        st_chunk_size=(2, 3, 2),
+        first_full_step=12,
+        first_full_layer=1,
+        **layers,
     )
+    q, k, _ = (x / 8 for x in made_up_tokens(grid, 2, 64, text=text, seed=3))
+    values = torch.eye(q.shape[2]).expand(1, 2, -1, -1)
+    weights = cs.reference.attention(
+        q, k, values, config, grid_thw=grid, text=text, step=12, layer=1
+    )
+    seen = weights[0, 1] > 0
+    pattern = chunk_pattern(config, View(grid, text, place, head=1, qk=(q, k)))
+    query = (2 * 7 + 5) * 4 + 1
+    video = slice(text.before, text.before + 84)
+    tokens = pattern.tokens.flatten()
+    assert (tokens == 2).nonzero().tolist() == [[query]]
+    assert torch.equal(tokens > 0, seen[text.before + query, video])
+    assert f"density {seen.float().mean():.3f}" in pattern.title
+    layer = config.for_layer(1)
+    assert isinstance(layer, cs.VMoBA)
+    layout = BlockLayout(
+        layer.resolve_grid(grid), layer.resolve_tile(grid), text.before, text.after
+    )
+    slots = block_tokens(layout)
+    rows = [seen[row[row >= 0].long()].any(0)[slots[:, 0].long()] for row in slots]
+    rows[pattern.row] = seen[text.before + query][slots[:, 0].long()]
+    assert text.before + query in slots[pattern.row]
+    assert torch.equal(pattern.mask > 0, torch.stack(rows))
 
 
-@pytest.mark.parametrize(("config", "grid"), LAYOUTS.values(), ids=LAYOUTS)
+def test_lists_are_found_of_inference_tensors_and_not_where_there_are_none() -> None:
+    with torch.inference_mode():
+        q, k, _ = made_up_tokens((4, 8, 8), 2, 64)
+        found = block_lists(cs.VSA(sparsity=0.5), q, k, grid_thw=(4, 8, 8))
+        assert isinstance(found, BlockLists)
+        assert found.counts.unique().tolist() == [2]
+        assert found.density == 0.5
+        assert block_lists(cs.Dense(), q, k, grid_thw=(4, 8, 8)) is None
+
+
+def test_a_seed_decides_what_is_made_up_and_the_title_says_that_it_is() -> None:
+    def pattern(seed: int) -> Pattern:
+        return pattern_of(cs.VSA(tile_thw=(2, 2, 2)), View((4, 8, 8), seed=seed))
+
+    assert torch.equal(pattern(0).mask, pattern(0).mask)
+    assert not torch.equal(pattern(0).mask, pattern(1).mask)
+    assert "made-up queries and keys" in pattern(0).title
+
+
+@pytest.mark.parametrize(
+    ("config", "hidden"),
+    [
+        (cs.STA(), "not attended to"),
+        (cs.SLA(proj=None), "not attended to"),
+        (cs.SLA(), "all others through the linear branch alone"),
+        (cs.VSA(gate="ungated"), "all others through the compressed branch alone"),
+        (cs.VSA(), "not attended to, but for the compressed branch of a gate"),
+    ],
+)
+def test_the_legend_says_what_becomes_of_the_other_keys(
+    config: MechanismConfig, hidden: str
+) -> None:
+    assert words_for(config, (4, 4, 4), 0).hidden == hidden
+
+
+@pytest.mark.parametrize(("config", "grid"), DRAWN.values(), ids=DRAWN)
 def test_a_picture_is_written_where_it_was_asked_for(
-    config: cs.STA, grid: tuple[int, ...], tmp_path: Path
+    config: MechanismConfig, grid: tuple[int, ...], tmp_path: Path
 ) -> None:
     path = plot_pattern(config, grid, text=cs.Text(3, 0), path=tmp_path / "new" / "pattern.png")
     assert path == tmp_path / "new" / "pattern.png"
@@ -70,21 +207,14 @@ def test_a_picture_is_written_where_it_was_asked_for(
 
 def test_every_frame_is_shown_up_to_a_number_and_then_every_nth() -> None:
     def frames(num_frames: int) -> list[str]:
-        figure = plots._figure()
-        pattern = plots._pattern(cs.STA(tile_thw=(4, 4, 4)), (num_frames, 8, 8), cs.Text(), None, 0)
-        plots._draw_frames(figure, pattern)
+        figure = drawing.new_figure()
+        drawing.draw_frames(
+            figure, pattern_of(cs.STA(tile_thw=(4, 4, 4)), View((num_frames, 8, 8)))
+        )
         return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
-    assert frames(plots.MAX_FRAMES) == [f"t = {t}" for t in range(plots.MAX_FRAMES)]
-    assert frames(2 * plots.MAX_FRAMES) == [f"t = {t}" for t in range(0, 48, 2)]
-
-
-def test_the_title_states_the_counted_density() -> None:
-    config, grid = LAYOUTS["image"]
-    pattern = plots._pattern(config, grid, cs.Text(after=6), None, 0)
-    length = pattern.layout.num_tokens
-    mask = token_mask(config, slice(0, length), length, length, grid, cs.Text(after=6))
-    assert f"density {mask.float().mean():.3f}" in plots._title(pattern)
+    assert frames(drawing.MAX_FRAMES) == [f"t = {t}" for t in range(drawing.MAX_FRAMES)]
+    assert frames(2 * drawing.MAX_FRAMES) == [f"t = {t}" for t in range(0, 48, 2)]
 
 
 def draw(**changes: Any) -> Path:
@@ -97,17 +227,25 @@ def draw(**changes: Any) -> Path:
 
 
 CASES = {
-    "dense": Case(
+    "auto": Case(
         errors.ConfigError,
         "no pattern to draw",
-        "Dense()",
+        "Auto(",
         "STA(...)",
-        "a fixed window",
-        lambda: draw(config=cs.Dense()),
+        "of one mechanism",
+        lambda: draw(config=cs.Auto()),
+    ),
+    "keys": Case(
+        errors.ConfigError,
+        "not given together",
+        "q without k",
+        "both, or neither",
+        "pass q= and k=",
+        lambda: draw(q=torch.zeros(1, 1, 12 * 16 * 16, 8)),
     ),
     "head": Case(
         errors.ConfigError,
-        "no window for this head",
+        "no pattern for this head",
         "head 2",
         "from 0 to 1",
         "head=0",
@@ -117,7 +255,7 @@ CASES = {
         errors.LayoutError,
         "too many blocks to draw",
         "6000 blocks of tile (1, 1, 1)",
-        f"at most {plots.MAX_BLOCKS}",
+        f"at most {MAX_BLOCKS}",
         "larger tiles",
         lambda: draw(config=cs.STA(tile_thw=(1, 1, 1)), grid_thw=(6, 20, 50)),
     ),
@@ -148,7 +286,9 @@ def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch: pytest.Monkey
         draw,
     )
     assert_wording(case)
-    assert raise_statements(("plots",)) == raised_at((*CASES.values(), case))
+    assert raise_statements(("plots/__init__", "plots/drawing", "plots/pattern")) == raised_at(
+        (*CASES.values(), case)
+    )
 
 
 def test_importing_the_module_does_not_import_matplotlib() -> None:

@@ -7,8 +7,13 @@ import argparse
 from compiled_sparse.cli.arguments import Commands
 from compiled_sparse.cli.arguments import add_pattern_arguments
 from compiled_sparse.config import STA
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config import parse_spec
+from compiled_sparse.errors import ConfigError
 from compiled_sparse.layout import Text
 from compiled_sparse.plots import plot_pattern
+
+WINDOW, TILE = (3, 3, 3), (6, 8, 8)
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,10 +21,19 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw the attention pattern on a grid",
-        description="Draw which keys each tile of a grid attends to.",
+        description="Draw which keys each tile of a grid attends to, under sliding tile attention "
+        "or any other mechanism.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_pattern_arguments(parser, grid=(21, 30, 52), window=(3, 3, 3), tile=(6, 8, 8))
+    add_pattern_arguments(parser, grid=(21, 30, 52), window=WINDOW, tile=TILE)
+    # What was not given has to be seen: with --mechanism neither may be.
+    parser.set_defaults(window=None, tile=None)
+    parser.add_argument(
+        "--mechanism",
+        metavar="SPEC",
+        help="any mechanism, instead of --window and --tile, such as vsa:sparsity=0.9 or "
+        "sla:block_q=4x8x4,block_k=4x4x4",
+    )
     parser.add_argument(
         "--text",
         nargs=2,
@@ -30,29 +44,57 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--query-tile",
-        nargs=3,
+        nargs="+",
         type=int,
-        metavar=("T", "H", "W"),
-        help="position of the tile to look from, in tiles (default the middle one)",
+        metavar="INDEX",
+        help="position of the tile to look from, T H W in tiles, or one number where blocks are "
+        "runs of the sequence (default the middle one)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the made-up queries and keys, for mechanisms that select by content (default 0)",
     )
     parser.add_argument(
         "--output",
-        default="sta_pattern.png",
         metavar="PATH",
-        help="picture to write: .png, .svg or .pdf (default %(default)s)",
+        help="picture to write: .png, .svg or .pdf (default sta_pattern.png, by the mechanism)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the picture and print its path."""
+    """Draw the picture and print its path.
+
+    Raises:
+        ConfigError: if `--mechanism` and the arguments of sliding tile attention are given.
+    """
     before, after = arguments.text
+    config = _config(arguments)
     path = plot_pattern(
-        STA(window_thw=tuple(arguments.window), tile_thw=tuple(arguments.tile)),
+        config,
         tuple(arguments.grid),
         text=Text(before, after),
         query_tile=arguments.query_tile and tuple(arguments.query_tile),
-        path=arguments.output,
+        seed=arguments.seed,
+        path=arguments.output or f"{config.name}_pattern.png",
     )
     print(path)
     return 0
+
+
+def _config(arguments: argparse.Namespace) -> MechanismConfig:
+    sides = {"--window": arguments.window, "--tile": arguments.tile}
+    given = [flag for flag, value in sides.items() if value is not None]
+    if arguments.mechanism is None:
+        window, tile = arguments.window or WINDOW, arguments.tile or TILE
+        return STA(window_thw=tuple(window), tile_thw=tuple(tile))
+    if given:
+        raise ConfigError(
+            "--mechanism says all there is to say about the mechanism",
+            got=f"--mechanism {arguments.mechanism} and {' and '.join(given)}",
+            expected="--mechanism, or --window and --tile",
+            next_step="write --mechanism sta:window_thw=3x3x3,tile_thw=6x8x8, for instance",
+        )
+    return parse_spec(arguments.mechanism)

@@ -77,3 +77,27 @@ def test_an_error_of_the_package_is_printed_without_a_traceback(
     assert captured.err.startswith("LayoutError: grid is not a tuple of axis lengths\n  got: ")
     assert "Traceback" not in captured.err
     assert not path.exists()
+
+
+def test_a_mechanism_is_drawn_by_its_spec(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = ["--mechanism", "vsa:sparsity=0.5,tile_thw=2x4x4", "--grid", "4", "8", "8"]
+    assert main(["plot", *spec, "--seed", "1"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "vsa_pattern.png"
+    assert (tmp_path / "vsa_pattern.png").exists()
+    assert main(["plot", "--mechanism", "swba:block=16", *spec[2:], "--query-tile", "3"]) == 0
+    assert (tmp_path / "swba_pattern.png").exists()
+
+
+def test_a_mechanism_and_a_window_are_refused_together(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plot", "--mechanism", "vsa", "--window", "3", "3", "3"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "ConfigError: --mechanism says all there is to say about the mechanism",
+        "  got:      --mechanism vsa and --window",
+        "  expected: --mechanism, or --window and --tile",
+        "  next:     write --mechanism sta:window_thw=3x3x3,tile_thw=6x8x8, for instance",
+    ]

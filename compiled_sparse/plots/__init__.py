@@ -1,0 +1,89 @@
+"""Pictures of attention patterns. Needs matplotlib, draws without a display.
+
+from compiled_sparse.plots import plot_pattern
+plot_pattern(STA(window_thw=(3, 3, 3)), (21, 30, 52), path="pattern.png")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from compiled_sparse.config import MechanismConfig
+from compiled_sparse.config_vmoba import VMoBA
+from compiled_sparse.errors import ConfigError
+from compiled_sparse.layout import Text
+from compiled_sparse.plots.chunks import chunk_pattern
+from compiled_sparse.plots.drawing import draw
+from compiled_sparse.plots.pattern import View
+from compiled_sparse.plots.pattern import pattern_of
+
+
+def plot_pattern(
+    config: MechanismConfig,
+    grid_thw: tuple[int, ...],
+    *,
+    path: str | Path,
+    text: Text | None = None,
+    query_tile: tuple[int, ...] | None = None,
+    head: int = 0,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draw which keys a mechanism lets each query see, and write the picture to a file.
+
+    On the left the block mask: a dark cell where a query block attends to a key block, blocks in
+    raster order of tiles, text in front or behind. On the right the frames of the grid: the tokens
+    of one query block and the tokens they attend to.
+
+    What a mechanism selects by content is an example then, on made-up queries and keys that vary
+    smoothly over the grid, or on those given.
+
+    Args:
+        config: `Dense()`, or any mechanism, also one of another package whose kernel takes lists
+            of blocks. Of a schedule by layers the first sparse layer is drawn.
+        grid_thw: Token grid after patching, one to three axes.
+        path: File to write; its suffix chooses the format, such as .png, .svg or .pdf.
+        text: Text tokens around the video.
+        query_tile: Position of the query block, in blocks per axis; the middle one by default.
+            Blocks that are runs of the sequence have one axis. Of `VMoBA`, where every query
+            selects for itself, that of the query, in tokens.
+        head: Which head, where the config has a window per head or `q` and `k` are given.
+        q: [batch, query heads, length, head_dim]; the first member of the batch is drawn.
+        k: [batch, key heads, length, head_dim].
+        seed: Seed of the made-up queries and keys.
+
+    Returns:
+        The absolute path of the picture.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        ConfigError: if the config has no pattern, or none for this head, or one of `q` and `k` is
+            missing.
+        LayoutError: if grid, tile and query tile do not fit, or there are too many blocks to draw.
+    """
+    view = View(tuple(grid_thw), text or Text(), query_tile, head, _both(q, k), seed)
+    if isinstance(config, VMoBA):
+        pattern = chunk_pattern(config, view)
+    else:
+        pattern = pattern_of(config, view)
+    figure = draw(pattern)
+    target = Path(path).expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def _both(q: Tensor | None, k: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if q is None and k is None:
+        return None
+    if q is None or k is None:
+        raise ConfigError(
+            "queries and keys are not given together",
+            got="q without k" if k is None else "k without q",
+            expected="both, or neither",
+            next_step="pass q= and k= of one call, or leave them out for made-up ones",
+        )
+    return q, k
