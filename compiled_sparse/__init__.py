@@ -21,6 +21,7 @@ from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.config_sla import SLA
 from compiled_sparse.config_sla import SageSLA
+from compiled_sparse.config_vmoba import VMoBA
 from compiled_sparse.config_vsa import VSA
 from compiled_sparse.explain import explain
 from compiled_sparse.export import rewrite_exported
@@ -47,6 +48,7 @@ __all__ = [
     "Policy",
     "SageSLA",
     "Text",
+    "VMoBA",
     "WindowTable",
     "attach",
     "attention",

@@ -319,7 +319,7 @@ def _for_layer(policy: Policy | None, path: str, layer: int, num_layers: int) ->
     """
     if policy is None:
         return ""
-    configs = _configs(policy, path)
+    configs = {kind: each.for_layer(layer) for kind, each in _configs(policy, path).items()}
     same = len(configs) == len(KINDS) and len(set(configs.values())) == 1
     rules: dict[str, MechanismConfig] = (
         {"*": configs[KINDS[0]]} if same else {f"{kind}:*": each for kind, each in configs.items()}

@@ -259,7 +259,7 @@ def _with_inputs(compiled: Compiled, extra: tuple[RuntimeInput, ...]) -> Compile
 
 def _warn_of_steps(policies: Iterable[Policy], call: CallMetadata) -> bool:
     """Warn where a schedule asks for a step that nobody gave; return whether it did."""
-    schedules = [policy.steps for policy in policies if policy.steps is not None]
+    schedules = [schedule for policy in policies for schedule in policy.step_schedules]
     if all(schedule.is_decidable(call.step, call.num_steps) for schedule in schedules):
         return False
     logger.warning(

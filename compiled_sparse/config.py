@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from typing import ClassVar
 from typing import Literal
@@ -65,6 +66,10 @@ class MechanismConfig:
         """
         return auto_tile(grid)
 
+    def resolve_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the grid that `resolve_tile` cuts: the same, or one of fewer axes."""
+        return grid
+
     def resolved(self, tile: tuple[int, ...]) -> MechanismConfig:
         """Return the config with its automatic parts filled in, as reports show it."""
         return self
@@ -95,6 +100,20 @@ class MechanismConfig:
     def at(self, step: int | None = None, layer: int | None = None) -> MechanismConfig:
         """Return the config at a step in a layer; the same one unless it holds a schedule."""
         return self
+
+    @property
+    def needs_layer(self) -> bool:
+        """Whether layers differ, so that the index of a call's layer has to be known."""
+        return False
+
+    def for_layer(self, layer: int) -> MechanismConfig:
+        """Return what one layer does, `Dense` where it is left alone; layers count from 0."""
+        return self
+
+    @property
+    def dense_first_steps(self) -> int:
+        """Denoising steps at the start that stay dense."""
+        return 0
 
     def check_heads(self, heads: int) -> None:
         """Check that the config fits a number of query heads.
@@ -166,9 +185,12 @@ class MechanismConfig:
 
     def describe(self) -> str:
         """Return the config as a spec string, e.g. `sta:window_thw=3x3x3,tile_thw=6x8x8`."""
-        names = (field.name for field in dataclasses.fields(self))
-        fields = [f"{name}={_spec_value(getattr(self, name))}" for name in names]
+        fields = [f"{name}={_spec_value(getattr(self, name))}" for name in self._described()]
         return self.name + (":" + ",".join(fields) if fields else "")
+
+    def _described(self) -> list[str]:
+        """Return the fields that a spec string shows; the others must be at their default."""
+        return [field.name for field in dataclasses.fields(self)]
 
     @staticmethod
     def from_dict(document: Mapping[str, Any]) -> MechanismConfig:
@@ -378,7 +400,7 @@ class SWBA(MechanismConfig):
     window: int = 4
 
     def __post_init__(self) -> None:
-        if not (_is_count(self.block) and _is_count(self.window)):
+        if not (is_count(self.block) and is_count(self.window)):
             raise ConfigError(
                 "SWBA has a value that is not a positive integer",
                 got=f"block={self.block!r}, window={self.window!r}",
@@ -523,6 +545,28 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return document
 
 
+def read_text(path: Path, what: str, kind: str) -> str:
+    """Return what is in a file.
+
+    Args:
+        path: Its path.
+        what: What it is called in an error, such as "policy".
+        kind: What JSON file it should be, such as "written by Policy.to_json()".
+
+    Raises:
+        ConfigFormatError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigFormatError(
+            f"{what} file cannot be read",
+            got=f"{path}: {getattr(error, 'strerror', error)}",
+            expected=f"a readable JSON file {kind}",
+            next_step="check the path",
+        ) from None
+
+
 def _as_windows(value: Any) -> Any:
     if isinstance(value, Mapping):
         return WindowTable.from_dict(value)
@@ -546,9 +590,7 @@ def require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
     """
 
     def valid(extents: Any) -> bool:
-        return (
-            isinstance(extents, tuple) and 1 <= len(extents) <= 3 and all(map(_is_count, extents))
-        )
+        return isinstance(extents, tuple) and 1 <= len(extents) <= 3 and all(map(is_count, extents))
 
     if not all(valid(extents) for extents in values):
         raise ConfigError(
@@ -559,8 +601,9 @@ def require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:
         )
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a value is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _spec_value(value: Any) -> str:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from compiled_sparse.config import MechanismConfig
-from compiled_sparse.config import known_mechanisms
 from compiled_sparse.config import parse_spec
 from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.errors import UnknownMechanismError
@@ -41,17 +40,7 @@ def mechanism_from_name(name: str) -> MechanismConfig:
         UnknownMechanismError: if no mechanism of this release has the name.
         ConfigFormatError: if a spec string cannot be read.
     """
-    wanted = ALIASES.get(name.strip().upper())
-    if wanted is None:
-        return parse_spec(name)
-    if wanted not in known_mechanisms():
-        raise UnknownMechanismError(
-            "this release does not have the mechanism",
-            got=f"{name.strip()}, which is {wanted!r} here",
-            expected="one of " + ", ".join(known_mechanisms()),
-            next_step="install a package that provides it, or name another mechanism",
-        )
-    return parse_spec(wanted)
+    return parse_spec(ALIASES.get(name.strip().upper(), name))
 
 
 def policy_from_environment() -> Policy | None:

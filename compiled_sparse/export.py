@@ -123,11 +123,11 @@ def _refuse_decomposed(program: ExportedProgram) -> None:
 
 
 def _refuse_schedules(sources: PolicySources) -> None:
-    scheduled = [each for each in sources.effective() if each.steps is not None]
+    scheduled = [each for each in sources.effective() if each.step_schedules]
     if scheduled:
         raise ExportError(
             "an exported program knows no denoising steps",
-            got=scheduled[0].describe_schedule(),
+            got=scheduled[0].describe_schedule() or scheduled[0].rules[0][1].describe(),
             expected="a policy without dense steps",
             next_step="keep the exported program for the dense steps, rewrite it for the others",
         )

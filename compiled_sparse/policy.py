@@ -18,8 +18,10 @@ from compiled_sparse.config import Auto
 from compiled_sparse.config import Dense
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import check_version
+from compiled_sparse.config import is_count
 from compiled_sparse.config import parse_json_object
 from compiled_sparse.config import parse_spec
+from compiled_sparse.config import read_text
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import ConfigFormatError
 from compiled_sparse.quality import LEVELS
@@ -109,6 +111,12 @@ class Policy:
         return None if schedule == StepSchedule() else schedule
 
     @property
+    def step_schedules(self) -> frozenset[StepSchedule]:
+        """Which steps stay dense, by the policy's word and by that of each of its configs."""
+        own = {StepSchedule(first=config.dense_first_steps) for _, config in self.rules}
+        return frozenset(own | {self.steps or StepSchedule()}) - {StepSchedule()}
+
+    @property
     def is_automatic(self) -> bool:
         """Whether no rule names a mechanism."""
         return all(isinstance(config, Auto) for _, config in self.rules)
@@ -195,7 +203,7 @@ def _check_globs(globs: list[str]) -> None:
 
 def _check_counts(counts: Mapping[str, Any]) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        if not is_count(count, least=0):
             raise ConfigError(
                 f"Policy.{name} is not a count",
                 got=repr(count),
@@ -235,7 +243,7 @@ def as_policy(value: PolicyLike) -> Policy:
     if isinstance(value, Mapping):
         return Policy(value)
     if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".json")):
-        return Policy.from_json(_read(Path(value)))
+        return Policy.from_json(read_text(Path(value), "policy", "written by Policy.to_json()"))
     if isinstance(value, str) and value.strip().lower() in LEVELS:
         return quality(value)
     return Policy({CATCH_ALL: value})
@@ -261,18 +269,6 @@ def quality(name: str) -> Policy:
         )
     steps, layers = level.dense_first_steps, level.dense_first_layers
     return Policy({CATCH_ALL: level.config}, dense_first_steps=steps, dense_first_layers=layers)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigFormatError(
-            "policy file cannot be read",
-            got=f"{path}: {getattr(error, 'strerror', error)}",
-            expected="a readable JSON file written by Policy.to_json()",
-            next_step="check the path",
-        ) from None
 
 
 def _as_pairs(rules: Any) -> tuple[tuple[Any, Any], ...]:

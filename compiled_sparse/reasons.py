@@ -13,8 +13,8 @@ REASONS: dict[str, str] = {
     "no_rule": "No rule of the policy matches this module. Correct the globs, or add one for it.",
     "step_dense": "The policy keeps this denoising step dense. Nothing to do.",
     "layer_dense": "The policy keeps this layer dense. Nothing to do.",
-    "layer_unknown": "The policy has dense layers or windows by layer, and this graph does not "
-    "show which layer it is. Use cs.attach.",
+    "layer_unknown": "The policy has dense layers, or windows or chunks by layer, and this graph "
+    "does not show which layer it is. Give the policy to cs.attach(model, policy).",
     "layers_mismatch": "The table of windows is for another number of layers. Give it one row, or "
     "one per video attention layer.",
     "nested_graph": "A value that changes from call to call cannot be handed into the control flow "

@@ -44,6 +44,7 @@ __all__ = [
     "Refused",
     "Requested",
     "SiteFacts",
+    "at_layer",
     "call_supported",
     "capabilities_of",
     "choose",
@@ -63,6 +64,7 @@ AUTO_MIN_GAIN = Auto().min_gain
 
 
 AUTOMATIC = as_policy(None)
+_NO_LAYER = "the graph is a part of the model, or comes back to its blocks"
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,10 @@ def dense_schedules(
         modules: The modules' own policies.
     """
     return frozenset(
-        policy.steps
+        schedule
         for policy in sources.effective(modules)
-        if policy.steps is not None and policy.steps.is_dense(call.step, call.num_steps)
+        for schedule in policy.step_schedules
+        if schedule.is_dense(call.step, call.num_steps)
     )
 
 
@@ -202,14 +205,32 @@ def scheduled_dense(
     policy, layer, total = wanted.policy, site.layer, site.num_layers
     if policy.has_dense_layers:
         if layer is None or (policy.dense_last_layers and total is None):
-            return Refused("layer_unknown", "the graph is a part of the model")
+            return Refused("layer_unknown", _NO_LAYER)
         first_of_last = None if total is None else total - policy.dense_last_layers
         is_last = first_of_last is not None and layer >= first_of_last
         if layer < policy.dense_first_layers or is_last:
             return Refused("layer_dense", f"layer {layer}")
-    if policy.steps in dense_schedules:
+    own = StepSchedule(first=wanted.config.dense_first_steps)
+    if policy.steps in dense_schedules or own in dense_schedules:
         return Refused("step_dense")
     return None
+
+
+def at_layer(wanted: Requested, site: SiteFacts) -> Requested | Refused:
+    """Return what is asked of a site's layer, where a config differs from layer to layer.
+
+    Args:
+        wanted: What the site is asked to become.
+        site: The site, with its layer index where that is known.
+    """
+    if not wanted.config.needs_layer:
+        return wanted
+    if site.layer is None:
+        return Refused("layer_unknown", _NO_LAYER)
+    config = wanted.config.for_layer(site.layer)
+    if isinstance(config, Dense):
+        return Refused("layer_dense", f"layer {site.layer}")
+    return dataclasses.replace(wanted, config=config)
 
 
 def capabilities_of(config: MechanismConfig) -> Capabilities:
@@ -319,7 +340,8 @@ def choose(
         return Refused("axes_mismatch", f"config has {config.num_axes}, grid has {len(grid)}")
     if len(grid) not in mechanism.capabilities.num_axes:
         return Refused("axes_mismatch", f"{config.name} takes no grid of {len(grid)} axes")
-    layout = BlockLayout(grid, config.resolve_tile(grid), text_before, text_after)
+    tile = config.resolve_tile(grid)
+    layout = BlockLayout(config.resolve_grid(grid), tile, text_before, text_after)
     present = at_sparsity(config, sparsity)
     chosen: Chosen | Refused = mechanism.evaluate(present, layout, heads)
     if present is not config and isinstance(chosen, Chosen):

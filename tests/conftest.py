@@ -67,6 +67,17 @@ def gpu_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Give kernels two threads, however many the machine would."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Forget everything that was compiled, before and after."""
     import torch

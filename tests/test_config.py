@@ -213,7 +213,7 @@ def test_a_grid_with_other_axes_than_the_config_has_no_tile(tile: object) -> Non
 
 
 def test_every_mechanism_is_registered_by_its_name() -> None:
-    names = ("auto", "dense", "sage_sla", "sla", "sta", "swba", "vsa")
+    names = ("auto", "dense", "sage_sla", "sla", "sta", "swba", "vmoba", "vsa")
     assert known_mechanisms() == names
 
 

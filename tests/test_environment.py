@@ -63,7 +63,7 @@ def test_a_file_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         policy_from_environment()
 
 
-@pytest.mark.parametrize("value", ["sliding", "FLASH_ATTN", "sta2", "VMOBA_ATTN", "vmoba"])
+@pytest.mark.parametrize("value", ["sliding", "FLASH_ATTN", "sta2", "vmoba2"])
 def test_an_unknown_value_is_an_error_that_lists_what_is_known(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,18 +76,12 @@ def test_an_unknown_value_is_an_error_that_lists_what_is_known(
     assert value in caught.value.got
 
 
-def test_a_known_name_without_its_mechanism_says_so() -> None:
-    with pytest.raises(UnknownMechanismError) as caught:
-        mechanism_from_name("VMOBA_ATTN")
-    assert "this release does not have the mechanism" in caught.value.problem
-    assert "'vmoba'" in caught.value.got
-
-
 @pytest.mark.parametrize(
     ("name", "config"),
     [
         ("sliding_tile_attn", cs.STA()),
         ("Video_Sparse_Attn", cs.VSA()),
+        ("VMOBA_ATTN", cs.VMoBA()),
         ("TORCH_SDPA", cs.Dense()),
         ("Dense", cs.Dense()),
         ("sta:window_thw=1x1x1", cs.STA(window_thw=(1, 1, 1))),

@@ -33,7 +33,7 @@ from compiled_sparse.reference.blocks import block_of_token
 
 SPEC = "topblocks:keep=0.3,mean=0.25"
 TEXT = cs.Text(3, 7)
-BUILT_IN = ("auto", "dense", "sage_sla", "sla", "sta", "swba", "vsa")
+BUILT_IN = ("auto", "dense", "sage_sla", "sla", "sta", "swba", "vmoba", "vsa")
 
 
 def _install(folder: Path, *entries: str) -> None:
@@ -161,7 +161,7 @@ def test_the_report_names_it_and_counts_its_density(installed: None) -> None:
 def test_the_capability_query_answers_for_it(installed: None) -> None:
     facts: dict[str, Any] = {"grid_thw": (8, 12, 10), "heads": 4, "dtype": torch.float32}
     answers = {each.mechanism: each for each in cs.compatible(**facts, head_dim=64)}
-    assert list(answers) == ["sage_sla", "sla", "sta", "swba", "topblocks", "vsa"]
+    assert list(answers) == ["sage_sla", "sla", "sta", "swba", "topblocks", "vmoba", "vsa"]
     assert answers["topblocks"].ok
     assert answers["topblocks"].density == 0.5
 

@@ -78,8 +78,10 @@ def test_everything_passes_and_is_in_the_record(whole: tuple[int, dict[str, Any]
 
 
 def test_a_measurement_has_times_rates_and_its_bound(whole: tuple[int, dict[str, Any]]) -> None:
-    forward, backward, sta = whole[1]["sections"]["speed"]["cases"]
-    for case in (forward, backward, sta):
+    cases = whole[1]["sections"]["speed"]["cases"]
+    forward, backward, sta, *chunks = cases
+    assert [case["pattern"] for case in chunks] == ["chunks", "chunks"]
+    for case in cases:
         assert case["milliseconds"][SPARSE] > 0
         assert case["tflops"][SPARSE] > 0
         assert case["mfu"][SPARSE] is None
@@ -272,7 +274,7 @@ def test_the_bound_is_arithmetic_at_the_peak_of_the_chip() -> None:
 def measured_case() -> tuple[SpeedCase, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     case = SpeedCase(Shape("odd", (3, 6, 9), 2, text=5, head_dim=16), (2, 2, 4), 0.5)
     generator = torch.Generator().manual_seed(0)
-    inputs = speed._inputs(case.shape, generator)
+    inputs = speed.random_inputs(case.shape, generator)
     return case, inputs, *speed.block_lists(case, generator)
 
 

@@ -29,7 +29,6 @@ from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
 from compiled_sparse.environment import _parse
-from compiled_sparse.environment import mechanism_from_name
 from compiled_sparse.guard import Finding
 from compiled_sparse.guard import report_findings
 from compiled_sparse.layout import BlockLayout
@@ -47,6 +46,7 @@ MODULES = (
     "checkpoints",
     "config",
     "config_sla",
+    "config_vmoba",
     "config_vsa",
     "environment",
     "export",
@@ -160,7 +160,7 @@ CASES = {
         errors.UnknownMechanismError,
         "unknown mechanism",
         "'stta'",
-        "one of auto, dense, sage_sla, sla, sta, swba, vsa",
+        "one of auto, dense, sage_sla, sla, sta, swba, vmoba, vsa",
         "STA(...)",
         lambda: parse_spec("stta"),
     ),
@@ -380,13 +380,45 @@ CASES = {
         '"balanced"',
         lambda: cs.quality("best"),
     ),
-    "mechanism of another release": Case(
-        errors.UnknownMechanismError,
-        "this release does not have the mechanism",
-        "'vmoba' here",
-        "dense, sage_sla, sla, sta",
-        "install a package that provides it",
-        lambda: mechanism_from_name("VMOBA_ATTN"),
+    "VMoBA value": Case(
+        errors.ConfigError,
+        "VMoBA.moba_threshold_type is out of range",
+        "'block'",
+        "'query_head', 'head_global', 'overall' in mode topk",
+        "docs/vmoba.md",
+        lambda: cs.VMoBA(moba_select_mode="topk", moba_threshold_type="block"),
+    ),
+    "VMoBA file field": Case(
+        errors.ConfigFormatError,
+        "unknown field of a VMoBA config",
+        "moba_topk",
+        "moba_select_mode, moba_threshold",
+        "correct or remove",
+        lambda: cs.VMoBA.from_published({"moba_topk": 3}),
+    ),
+    "VMoBA file": Case(
+        errors.ConfigFormatError,
+        "config file cannot be read",
+        "no/such.json",
+        "JSON file of a VMoBA config",
+        "check the path",
+        lambda: cs.VMoBA.from_published("no/such.json"),
+    ),
+    "VMoBA grid": Case(
+        errors.LayoutError,
+        "VMoBA is written for the grid of a video",
+        "grid (4, 4)",
+        "3 axes (T, H, W)",
+        "grid_thw=(1, H, W)",
+        lambda: cs.VMoBA().resolve_tile((4, 4)),
+    ),
+    "VMoBA chunk": Case(
+        errors.LayoutError,
+        "a temporal chunk holds no token",
+        "temporal_chunk_size=0.01 on grid (4, 4, 4)",
+        "at least one token",
+        "larger temporal_chunk_size",
+        lambda: cs.VMoBA(temporal_chunk_size=0.01).resolve_tile((4, 4, 4)),
     ),
     "environment": Case(
         errors.UnknownMechanismError,

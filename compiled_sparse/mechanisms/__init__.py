@@ -6,6 +6,7 @@ from compiled_sparse.mechanisms import sage_sla
 from compiled_sparse.mechanisms import sla
 from compiled_sparse.mechanisms import sta
 from compiled_sparse.mechanisms import swba
+from compiled_sparse.mechanisms import vmoba
 from compiled_sparse.mechanisms import vsa
 from compiled_sparse.registry import register
 
@@ -13,4 +14,5 @@ register(sage_sla.MECHANISM)
 register(sla.MECHANISM)
 register(sta.MECHANISM)
 register(swba.MECHANISM)
+register(vmoba.MECHANISM)
 register(vsa.MECHANISM)

@@ -58,6 +58,7 @@ from compiled_sparse.report import Decision
 from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import Requested
 from compiled_sparse.selector import SiteFacts
+from compiled_sparse.selector import at_layer
 from compiled_sparse.selector import capabilities_of
 from compiled_sparse.selector import choose
 from compiled_sparse.selector import needs_static_grid
@@ -157,6 +158,10 @@ class SparseAttentionPass:
         layout = case.layout_for(wanted)
         if not isinstance(layout, SiteLayout):
             return dense_decision(site, facts, layout)
+        of_layer = at_layer(wanted, facts)
+        if isinstance(of_layer, Refused):
+            return dense_decision(site, facts, of_layer, wanted)
+        wanted = of_layer
         outcome = _prove(site, wanted, layout, self.sparsity)
         dense = scheduled_dense(wanted, case.facts_for(wanted), self.dense_schedules)
         if isinstance(outcome, Refused):
@@ -247,19 +252,34 @@ def _site_facts(
 ) -> list[SiteFacts]:
     """Number the proven video sites; a graph without the patch embedding may start anywhere."""
     proven = [isinstance(layout, SiteLayout) for layout in layouts]
+    in_one_pass = _layers_of_a_pass(
+        [site.path for site, is_layer in zip(sites, proven, strict=True) if is_layer]
+    )
     facts = []
     for index, (site, layout, marker) in enumerate(zip(sites, layouts, markers, strict=True)):
-        is_numbered = proven[index] and site.graph_has_video
+        is_numbered = proven[index] and site.graph_has_video and in_one_pass is not None
         facts.append(
             SiteFacts(
                 site.path,
                 _kind(layout),
                 None if marker is None else marker.policy,
-                layer=sum(proven[:index]) if is_numbered else None,
-                num_layers=sum(proven) if is_numbered and ends_here else None,
+                layer=sum(proven[:index]) % (in_one_pass or 1) if is_numbered else None,
+                num_layers=in_one_pass if is_numbered and ends_here else None,
             )
         )
     return facts
+
+
+def _layers_of_a_pass(paths: list[str]) -> int | None:
+    """How many of the calls at these paths are one pass of a model; None where there is no telling.
+
+    A graph may hold several passes, of classifier-free guidance or of denoising steps.
+    """
+    again = next((i for i in range(1, len(paths)) if paths[i] and paths[i] in paths[: i - 1]), None)
+    if again is None:  # a module that makes two calls in a row is no new pass
+        return len(paths)
+    is_repeated = all(path == paths[i % again] for i, path in enumerate(paths))
+    return again if is_repeated and len(paths) % again == 0 else None
 
 
 def _kind(layout: SiteLayout | Refused | Refusal) -> str:

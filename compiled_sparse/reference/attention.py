@@ -189,8 +189,8 @@ def _checked_tile(
             expected="the (T, H, W) grid of the video tokens",
             next_step="pass grid_thw=(T, H, W), counted after patching",
         )
-    tile = config.resolve_tile(tuple(grid_thw))
-    length = BlockLayout(tuple(grid_thw), tile, text.before, text.after).num_tokens
+    tile, grid = config.resolve_tile(tuple(grid_thw)), config.resolve_grid(tuple(grid_thw))
+    length = BlockLayout(grid, tile, text.before, text.after).num_tokens
     if not length == query_length == key_length:
         raise LayoutError(
             "grid and text do not add up to the lengths of q and k",

@@ -27,18 +27,26 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
     its content: boolean, or of 0 and one number below -9000; the same for every head; and either
     the same for every query, or an outer product of valid queries and valid keys. Outputs of
     queries that are not valid are 0. For eager code: to see what a compiled sparse model should
-    have computed.
+    have computed. The calls count as layers 0, 1, ... of the config, so that one of these is for
+    one forward of a model.
 
     Args:
         config: The mechanism.
         grid_thw: Token grid of the video.
         text: Text tokens around the video.
+        step: Denoising step, for a config that has a schedule; None means the first.
     """
 
     def __init__(
-        self, config: MechanismConfig, *, grid_thw: tuple[int, ...], text: Text | None = None
+        self,
+        config: MechanismConfig,
+        *,
+        grid_thw: tuple[int, ...],
+        text: Text | None = None,
+        step: int | None = None,
     ) -> None:
         super().__init__()
+        self.step = step
         self.config = config
         self.grid_thw = grid_thw
         self.text = text or Text()
@@ -55,6 +63,7 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
         mask = self._padding(call)
         if mask is None:
             return func(*args, **kwargs)
+        layer = self.num_replaced
         self.num_replaced += 1
         keys, queries = mask
         out = attention(
@@ -66,6 +75,8 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
             text=self.text,
             key_mask=keys,
             scale=call["scale"],
+            step=self.step,
+            layer=layer,
         )
         assert isinstance(out, Tensor)
         return out if queries is None else out.masked_fill(~queries[:, None, :, None], 0.0)
