@@ -228,6 +228,7 @@ def test_calls_inside_activation_checkpointing_are_rewritten_and_right(
     assert_gradients_close(parameter_gradients(model, actual), parameter_gradients(plain, expected))
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_inside_activation_checkpointing_are_refused(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_dynamic_text_length_beside_the_video_compiles_once() -> None:
     assert backend.calls == 1
 
 
+@pytest.mark.slow
 def test_an_automatic_tile_compiles_anew_for_each_grid() -> None:
     model, config = TinyDiT(1).requires_grad_(False), cs.STA(window_thw=(1, 1, 1), tile_thw="auto")
     backend = Counting(sparse=True, policy=config)
@@ -162,6 +163,7 @@ def test_metadata_with_text_is_right() -> None:
     assert_close(actual, expected_output(attn, x, text=text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_variants_follow_changing_lengths(dynamic: bool | None) -> None:
     attn = Attention().requires_grad_(False)
@@ -173,6 +175,7 @@ def test_variants_follow_changing_lengths(dynamic: bool | None) -> None:
         assert_close(compiled(x), attn(x))
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_variants() -> None:
     attn, x = Attention(), tokens().requires_grad_()
     compiled = compile_sparse(attn, inner="aot_eager")

@@ -60,7 +60,12 @@ def table_rows(page: Path, first_cell: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=() if page in (README, START) else pytest.mark.slow, id=page.name)
+        for page in PAGES
+        if snippets(page)
+    ],
 )
 def test_every_snippet_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None

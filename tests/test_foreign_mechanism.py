@@ -139,6 +139,7 @@ def test_a_compiled_model_computes_what_the_reference_says(installed: None, inne
         assert error <= 1e-4 * max(float(g.abs().max()) for g in wanted.values()), name
 
 
+@pytest.mark.slow
 def test_three_resolutions_are_each_right(installed: None) -> None:
     model, config = TinyDiT(1).requires_grad_(False), parse_spec(SPEC)
     compiled = compile_sparse(model, policy=SPEC, inner="aot_eager")

@@ -63,6 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]
     return run(tmp_path_factory.mktemp("record"), "--in-process")
 
 
+@pytest.mark.slow
 def test_everything_passes_and_is_in_the_record(whole: tuple[int, dict[str, Any]]) -> None:
     status, record = whole
     assert record["failures"] == []
@@ -77,6 +78,7 @@ def test_everything_passes_and_is_in_the_record(whole: tuple[int, dict[str, Any]
     assert record["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_measurement_has_times_rates_and_its_bound(whole: tuple[int, dict[str, Any]]) -> None:
     cases = whole[1]["sections"]["speed"]["cases"]
     forward, backward, sta, *chunks = cases

@@ -105,7 +105,7 @@ def test_the_key_mask_counts_in_the_comparison(statistics: list[Any]) -> None:
     assert finding.relative_error < 1e-5
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_checked_call_gives_the_same_output_and_gradients(inner: str) -> None:
     dit, inputs = TinyDiT(2), dit_inputs()
     compiled = compile_sparse(dit, inner=inner, guard={"calls": 1})
@@ -117,7 +117,7 @@ def test_a_checked_call_gives_the_same_output_and_gradients(inner: str) -> None:
         assert_gradients_close(parameter_gradients(dit, output), wanted)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_calls_inside_activation_checkpoints_are_checked_too(
     inner: str, statistics: list[Any]
 ) -> None:

@@ -127,6 +127,7 @@ def test_a_backward_pass_in_another_thread(checkpointed: TinyDiT) -> None:
     assert_gradients_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_two_grids_of_one_length_cannot_be_told_apart(checkpointed: TinyDiT) -> None:
     inputs = [dit_inputs(grid) for grid in (GRID, TURNED)]
     expected = reference_gradients(checkpointed, inputs[0], [POLICY] * 3)
@@ -165,6 +166,7 @@ def test_a_sparsity_alone_is_that_of_the_forward_call() -> None:
         assert_gradients_close(gradients_of(model, output), gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("outer", [None, 0.5])
 def test_what_is_said_of_other_calls_is_not_that_of_the_forward_call(
@@ -181,6 +183,7 @@ def test_what_is_said_of_other_calls_is_not_that_of_the_forward_call(
             assert_gradients_close(gradients_of(model, output), gradients)
 
 
+@pytest.mark.slow
 def test_two_sparsities_that_wait_are_told_apart_by_what_is_held_around_backward() -> None:
     model, inputs = TinyDiT(3, checkpoint=False), dit_inputs()
     expected = sparsities(model, inputs)
@@ -206,6 +209,7 @@ def test_calls_whose_outputs_are_dropped_are_forgotten(checkpointed: TinyDiT) ->
     assert_gradients_close(gradients_of(checkpointed, checkpointed(*inputs)), expected)
 
 
+@pytest.mark.slow
 def test_calls_without_gradients_are_not_remembered(checkpointed: TinyDiT) -> None:
     inputs = dit_inputs()
     expected = reference_gradients(checkpointed, inputs, [POLICY] * 3)

@@ -280,7 +280,7 @@ def test_explain_reads_the_markers() -> None:
 # Training and checkpointing.
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("is_checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
 def test_gradients_are_those_of_the_reference_of_each_layer(
     is_checkpointed: bool, whole: bool

@@ -99,7 +99,7 @@ def run_schedule(model: TinyDiT, how: str, *, sparse: bool) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("how", ["blocks", "whole"])
+@pytest.mark.parametrize("how", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_fifty_steps_and_three_batch_sizes_compile_as_often_as_they_do_dense(how: str) -> None:
     dense = run_schedule(frozen(), how, sparse=False)
     assert run_schedule(frozen(), how, sparse=True) == dense

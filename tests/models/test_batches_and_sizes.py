@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 BATCHED = ("hunyuan video", "qwen image", "cogvideox 5b")
 GRIDS = {3: ((3, 4, 5), (5, 3, 4), (2, 5, 7), (3, 4, 5)), 2: ((6, 7), (7, 8), (5, 9), (6, 7))}
-RESIZED = ("wan",)
-RESIZED_SLOWLY = (
+RESIZED = (
+    "wan",
     "hunyuan video",
     "cogvideox 5b",
     "qwen image",
@@ -48,9 +48,8 @@ def test_a_batch_with_prompts_of_several_lengths_is_right(name: str) -> None:
         assert error < harness.tolerance(case, sites, config, error)
 
 
-@pytest.mark.parametrize(
-    "name", [*RESIZED, *(pytest.param(n, marks=pytest.mark.slow) for n in RESIZED_SLOWLY)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESIZED)
 def test_three_resolutions_and_the_first_again_are_right_and_compile_as_often_as_without_us(
     name: str,
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_bfloat16_model_is_as_exact_as_the_reference_in_bfloat16() -> None:
     assert (actual - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@pytest.mark.slow
 def test_resolutions_of_one_model_are_all_right() -> None:
     model, _ = _build("wan")
     compiled = compile_sparse(model)

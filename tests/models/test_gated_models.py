@@ -62,6 +62,7 @@ def by_block(model: Any, **options: Any) -> Callable[..., Any]:
     return model  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_model", [whole, by_block])
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_gated_wan_is_one_artifact_with_the_gradients_of_every_gate(

@@ -111,6 +111,7 @@ def motif_video(batch: int) -> Case:
     return model, inputs, cs.Text(after=2 + TEXT_LENGTH)
 
 
+FAST = ("motif video",)
 CASES = {
     "hunyuan video": (hunyuan_video, "key_padding"),
     "hunyuan video 1.5": (hunyuan_video_15, "query_and_key_padding"),
@@ -124,7 +125,9 @@ def _compiled(model: nn.Module, policy: Any) -> Any:
 
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES]
+)
 def test_padded_tokens_are_hidden_as_the_model_says(name: str, batch: int) -> None:
     build, form = CASES[name]
     model, inputs, text = build(batch)

@@ -13,8 +13,10 @@ from measure import measure
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-FAST = ("wan", "hunyuan video", "cogvideox 5b", "ltx", "flux")
+FAST = ("wan", "cogvideox 5b", "ltx")
 SLOW = (
+    "hunyuan video",
+    "flux",
     "wan vace",
     "wan animate",
     "skyreels v2",
