@@ -32,6 +32,8 @@ from compiled_sparse.options import parse_options
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
 from compiled_sparse.passes.markers import Markers
+from compiled_sparse.passes.probe import Probe
+from compiled_sparse.passes.probe import ProbePass
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import StepSchedule
@@ -118,7 +120,7 @@ class _Dispatcher:
         self._warned_of_steps = False
         self._depends_on_steps = False
         self._announced: set[Policy] = set()
-        self._checked_paths: dict[VariantKey, tuple[str, ...]] = {}
+        self._further_outputs: dict[VariantKey, tuple[Any, ...]] = {}
         self._recall = Recall()
         with self._recall.compiling(example_inputs):
             self._compile_first(example_inputs)
@@ -137,6 +139,9 @@ class _Dispatcher:
     def as_callable(self) -> Compiled:
         if not self._has_attention:
             return self._first
+        probe = self._settings.probe
+        if probe is not None:
+            return self._recall.around(lambda *inputs: self.probed(inputs, probe))
         if self._settings.guard is not None:
             return self._recall.around(_GuardedRun(self, self._settings.guard))
         variants, build, current_key = self._variants, self.variant, self.key
@@ -152,6 +157,8 @@ class _Dispatcher:
 
     def key(self) -> VariantKey:
         """Return what the present call selects; checks are the guard's matter."""
+        if self._settings.probe is not None:  # it measures whatever else is said
+            return VariantKey(current_layout(), None, None, frozenset())
         sources, call = current_sources(self._settings.policy), current_call()
         dense = dense_schedules(sources, call, self._modules)
         if self._depends_on_steps and not self._warned_of_steps:
@@ -165,15 +172,9 @@ class _Dispatcher:
     def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
         rewritten = clone_dynamo_graph(self._pristine)
         sources = PolicySources(self._settings.policy, key.forced, key.environment)
-        rewrite = SparseAttentionPass(
-            sources,
-            key.layout,
-            dense_schedules=key.dense_schedules,
-            check_rows=key.check_rows,
-            sparsity=current_call().sparsity if key.has_sparsity else None,
-        )
+        rewrite = self._pass(key, sources)
         decisions = rewrite(rewritten)
-        self._checked_paths[key] = rewrite.checked_paths
+        self._further_outputs[key] = rewrite.further_outputs
         self._has_attention = bool(decisions)
         self._depends_on_steps |= any(d.is_sparse or d.reason == "step_dense" for d in decisions)
         is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
@@ -183,6 +184,17 @@ class _Dispatcher:
             self._announced.add(policy)
             _announce_unmatched(decisions, policy, self._settings.strict)
         return rewritten, rewrite.runtime_inputs
+
+    def _pass(self, key: VariantKey, sources: PolicySources) -> SparseAttentionPass:
+        if self._settings.probe is not None:
+            return ProbePass(self._settings.probe, key.layout)
+        return SparseAttentionPass(
+            sources,
+            key.layout,
+            dense_schedules=key.dense_schedules,
+            check_rows=key.check_rows,
+            sparsity=current_call().sparsity if key.has_sparsity else None,
+        )
 
     def variant(self, key: VariantKey) -> Compiled:
         """Return a variant, compiled outside Dynamo: a nested compile guards its own shapes."""
@@ -204,10 +216,20 @@ class _Dispatcher:
         One without sparse calls has nothing to check and serves as the plain variant, too.
         """
         compiled = self.variant(key)
-        paths = self._checked_paths[key]
+        paths = self._further_outputs[key]
         if not paths:
             self._variants.setdefault(replace(key, check_rows=0), compiled)
         return compiled, paths
+
+    def probed(self, inputs: tuple[Any, ...], probe: Probe) -> Any:
+        """Run the graph and hand what it measured to whoever asked for it."""
+        key = self.key()
+        outputs = self.variant(key)(*inputs)
+        sites = self._further_outputs[key]
+        if not sites:
+            return outputs
+        probe.receive(sites, outputs[-len(sites) :])
+        return outputs[: -len(sites)]
 
 
 _DENSE = as_policy("dense")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -11,9 +12,10 @@ from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.cases import Case
 from compiled_sparse.passes.cases import find_cases
 from compiled_sparse.passes.cases import has_graph_break
-from compiled_sparse.passes.checks import Checks
+from compiled_sparse.passes.checks import add_check
 from compiled_sparse.passes.decisions import dense_decision
 from compiled_sparse.passes.decisions import other_decision
+from compiled_sparse.passes.further_outputs import FurtherOutputs
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.lowering import lower_einops
@@ -67,7 +69,7 @@ class SparseAttentionPass:
         self.check_rows = check_rows
         self.sparsity = sparsity
         self.runtime_inputs: tuple[RuntimeInput, ...] = ()
-        self.checked_paths: tuple[str, ...] = ()
+        self.further_outputs: tuple[Any, ...] = ()
 
     def __call__(self, owner: fx.GraphModule) -> list[Decision]:
         """Process a graph and the graphs nested in it.
@@ -77,23 +79,23 @@ class SparseAttentionPass:
 
         Returns:
             One decision per attention call, in execution order. Afterwards `runtime_inputs` says
-            which tensors must be passed behind the graph's own inputs, and `checked_paths` which
-            calls the statistics behind its own outputs are about.
+            which tensors must be passed behind the graph's own inputs, and `further_outputs` what
+            those behind its own outputs are about: for checks, the paths of the calls.
         """
         edited = lower_einops(owner)
-        markers, runtime, checks = Markers(owner), RuntimeInputs(owner), Checks(owner)
+        markers, runtime, outputs = Markers(owner), RuntimeInputs(owner), FurtherOutputs(owner)
         edited += markers.erase()
         sites, others = find_sites(owner)
         cases = find_cases(sites, markers, self.layout, ends_here=not has_graph_break(owner))
-        decisions = [self._process(case, runtime, checks) for case in cases]
+        decisions = [self._process(case, runtime, outputs) for case in cases]
         decisions += [other_decision(other) for other in others]
         if self.rewrite:
-            edited += [*(site.owner for site in sites), *runtime.edited, *checks.edited]
+            edited += [*(site.owner for site in sites), *runtime.edited, *outputs.edited]
         for module in {id(module): module for module in edited}.values():
             module.graph.lint()
             module.recompile()
         self.runtime_inputs = runtime.inputs
-        self.checked_paths = tuple(checks.paths)
+        self.further_outputs = tuple(outputs.labels)
         return decisions
 
     def uuid(self) -> str:
@@ -106,13 +108,13 @@ class SparseAttentionPass:
         digest.update(repr((*settings, self.sparsity is not None)).encode())
         return digest.hexdigest()
 
-    def _process(self, case: Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
-        decision = self._decide(case, runtime, checks)
+    def _process(self, case: Case, runtime: RuntimeInputs, outputs: FurtherOutputs) -> Decision:
+        decision = self._decide(case, runtime, outputs)
         if self.rewrite and not decision.is_sparse:
             slim_dense_mask(case.site)
         return decision
 
-    def _decide(self, case: Case, runtime: RuntimeInputs, checks: Checks) -> Decision:
+    def _decide(self, case: Case, runtime: RuntimeInputs, outputs: FurtherOutputs) -> Decision:
         site, facts = case.site, case.facts
         wanted = requested(self.sources, facts)
         outcome = self.evaluate(case, wanted, runtime)
@@ -123,7 +125,7 @@ class SparseAttentionPass:
         if self.rewrite:
             out = outcome.apply()
             if self.check_rows:
-                checks.add(site.path, site.owner, out, self.check_rows)
+                add_check(outputs, site.path, site.owner, out, self.check_rows)
         return outcome.decision(facts)
 
     def evaluate(
