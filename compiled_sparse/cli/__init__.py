@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from compiled_sparse.cli import bench
+from compiled_sparse.cli import calibrate
 from compiled_sparse.cli import demo
 from compiled_sparse.cli import plot
 from compiled_sparse.errors import CompiledSparseError
@@ -47,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"compiled_sparse {metadata.version('compiled-sparse')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (bench, demo, plot):
+    for command in (bench, calibrate, demo, plot):
         command.add_parser(commands)
     return parser
