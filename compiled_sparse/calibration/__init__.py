@@ -1,0 +1,1 @@
+"""Choice of windows from measured losses, and the files that hold losses and choices."""
