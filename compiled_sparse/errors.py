@@ -74,6 +74,10 @@ class CheckpointError(CompiledSparseError, ValueError):
     """Names or shapes of a checkpoint do not fit the model, or each other."""
 
 
+class CalibrationError(CompiledSparseError, ValueError):
+    """A file of losses or of chosen windows is damaged, foreign or incomplete, or does not fit."""
+
+
 class MissingGridError(CompiledSparseError, ValueError):
     """A mechanism needs the token grid and was not given one."""
 

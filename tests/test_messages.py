@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from typing import Any
 from typing import ClassVar
 
+import calibration_cases
 import pytest
 import torch
 from messages import Case
@@ -60,6 +61,7 @@ MODULES = (
     "tile_order",
     "mechanisms/block_selector",
     "mechanisms/contract",
+    *calibration_cases.MODULES,
 )
 
 STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
@@ -776,6 +778,7 @@ CASES = {
         "pass ratio as",
         lambda: truncated_top_k(10, 1.5),
     ),
+    **calibration_cases.CASES,
 }
 
 
