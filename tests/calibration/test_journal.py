@@ -24,12 +24,14 @@ from compiled_sparse.errors import CalibrationError
 HEADER = {"candidates": [[3, 1, 10], [1, 5, 7]], "steps": 2, "model": "tïny"}
 ENTRIES = [(f"prompt {i}", {"losses": [0.1 * i, 1e-9], "text": "é\n" * i}) for i in range(4)]
 
-# The package without its __init__, which loads torch: the journal alone starts fast.
+# The packages without what loads torch: the journal alone starts fast.
 CHILD = f"""
-import sys, types
-package = types.ModuleType("compiled_sparse")
-package.__path__ = [{str(Path(cs.__file__).parent)!r}]
-sys.modules["compiled_sparse"] = package
+import pathlib, sys, types
+root = pathlib.Path({str(Path(cs.__file__).parent)!r})
+for name in ("compiled_sparse", "compiled_sparse.calibration"):
+    package = types.ModuleType(name)
+    package.__path__ = [str(root.parent.joinpath(*name.split(".")))]
+    sys.modules[name] = package
 from compiled_sparse.calibration.journal import Journal
 from compiled_sparse.errors import CalibrationError
 assert "torch" not in sys.modules
