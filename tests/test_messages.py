@@ -38,6 +38,7 @@ from compiled_sparse.mechanisms.contract import build_metadata
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
 from compiled_sparse.policy import as_policy
+from compiled_sparse.presets import geometry
 from compiled_sparse.sparsity import num_selected
 from compiled_sparse.sparsity import truncated_top_k
 
@@ -50,11 +51,13 @@ MODULES = (
     "config_vsa",
     "environment",
     "export",
+    "geometry",
     "guard",
     "policy",
     "metadata",
     "layout",
     "options",
+    "presets",
     "registry",
     "sparsity",
     "tile_order",
@@ -775,6 +778,22 @@ CASES = {
         "a number from 0 to 1",
         "pass ratio as",
         lambda: truncated_top_k(10, 1.5),
+    ),
+    "size of a video": Case(
+        errors.LayoutError,
+        "wan2.1-t2v-14b has no token grid for this number of frames",
+        "frames=80",
+        "1 + a multiple of 4",
+        "frames=77 or 81",
+        lambda: geometry("wan2.1-t2v-14b").grid_thw(80),
+    ),
+    "published model": Case(
+        errors.UnknownModelError,
+        "the geometry of this model is not known",
+        "'wan3'",
+        "wan2.1-t2v-1.3b, wan2.1-t2v-14b",
+        "give grid, heads and head size yourself",
+        lambda: geometry("wan3"),
     ),
 }
 
