@@ -13,7 +13,6 @@ from compiled_sparse.layout import Text
 from compiled_sparse.layout import ceil_div
 from compiled_sparse.layout import sequence_grid
 
-
 _UNITS = {"frames": "frames", "height": "rows", "width": "columns"}
 
 

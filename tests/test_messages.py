@@ -21,10 +21,12 @@ from modules import TinyDiT
 from modules import dit_inputs
 
 import compiled_sparse as cs
+from compiled_sparse import cli
 from compiled_sparse import errors
 from compiled_sparse import registry
 from compiled_sparse.checkpoints import load_with_gates
 from compiled_sparse.checkpoints import to_diffusers
+from compiled_sparse.chips import chip
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
@@ -45,6 +47,8 @@ from compiled_sparse.sparsity import truncated_top_k
 MODULES = (
     "block_map",
     "checkpoints",
+    "chips",
+    "cli/plan",
     "config",
     "config_sla",
     "config_vmoba",
@@ -89,6 +93,13 @@ def exported(*, dynamic: bool = False) -> torch.export.ExportedProgram:
 def enter_metadata(**arguments: Any) -> None:
     with cs.metadata(**arguments):
         pass
+
+
+def run_command(*arguments: str) -> int:
+    """Run a command without catching its errors."""
+    parsed = cli._parser().parse_args(arguments)
+    status: int = parsed.run(parsed)
+    return status
 
 
 LINEAR = torch.nn.Linear(2, 2, bias=False)
@@ -786,6 +797,22 @@ CASES = {
         "1 + a multiple of 4",
         "frames=77 or 81",
         lambda: geometry("wan2.1-t2v-14b").grid_thw(80),
+    ),
+    "plan for nothing": Case(
+        errors.ConfigError,
+        "a plan is for a model or for a shape",
+        "--model, --grid",
+        "or --grid, --heads and --head-dim",
+        "--list shows all models",
+        lambda: run_command("plan", "--model", "mochi-1", "--grid", "1", "2", "3"),
+    ),
+    "chip": Case(
+        errors.UnknownModelError,
+        "this chip is not known",
+        "'gtx1080'",
+        "one of a100, rtx4090",
+        "what dense attention reaches in TFLOP/s",
+        lambda: chip("gtx1080"),
     ),
     "published model": Case(
         errors.UnknownModelError,

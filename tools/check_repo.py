@@ -121,6 +121,7 @@ _NOT_FOR_LEAVES = ("ops", "kernels", "reference", *_ABOVE_OPS)
 # Module or folder of the package -> what it must not import. "Layout of the tree" in
 # CONTRIBUTING.md is the same table in words.
 BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
+    "chips": _NOT_FOR_LEAVES,
     "config": _NOT_FOR_LEAVES,
     "environment": _NOT_FOR_LEAVES,
     "errors": _NOT_FOR_LEAVES,

@@ -6,6 +6,7 @@ import argparse
 
 from compiled_sparse.cli.arguments import Commands
 from compiled_sparse.cli.arguments import add_pattern_arguments
+from compiled_sparse.cli.arguments import add_text_argument
 from compiled_sparse.config import STA
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
@@ -34,14 +35,7 @@ def add_parser(commands: Commands) -> None:
         help="any mechanism, instead of --window and --tile, such as vsa:sparsity=0.9 or "
         "sla:block_q=4x8x4,block_k=4x4x4",
     )
-    parser.add_argument(
-        "--text",
-        nargs=2,
-        type=int,
-        metavar=("BEFORE", "AFTER"),
-        default=(0, 0),
-        help="text tokens around the video (default 0 0)",
-    )
+    add_text_argument(parser, default=(0, 0))
     parser.add_argument(
         "--query-tile",
         nargs="+",
