@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 import compiled_sparse as cs
+from compiled_sparse.cli.compilers import first_line
+from compiled_sparse.cli.compilers import inductor_failure
 from compiled_sparse.cli.measure import Agreement
 from compiled_sparse.cli.measure import Timing
 from compiled_sparse.cli.measure import compare
@@ -173,22 +174,17 @@ def _working_inner(asked: str | None) -> str:
     """Return the inner compiler: the one asked for, or the best that works."""
     if asked not in (None, "inductor"):
         return str(asked)
-    try:
-        torch.compile(_add_one, backend="inductor")(torch.zeros(7))
-    except BackendCompilerFailed as error:
-        if asked is None:
-            return "eager"
-        raise InnerCompilerError(
-            "inductor does not work on this machine",
-            got=str(error).partition("\n")[0],
-            expected="a C++ compiler that inductor finds",
-            next_step="install one (Debian: apt install g++), or pass --inner eager",
-        ) from error
-    return "inductor"
-
-
-def _add_one(value: torch.Tensor) -> torch.Tensor:
-    return value + 1
+    failure = inductor_failure()
+    if failure is None:
+        return "inductor"
+    if asked is None:
+        return "eager"
+    raise InnerCompilerError(
+        "inductor does not work on this machine",
+        got=first_line(failure),
+        expected="a C++ compiler that inductor finds",
+        next_step="install one (Debian: apt install g++), or pass --inner eager",
+    ) from failure
 
 
 def _build(settings: Settings) -> DemoModel:
