@@ -97,7 +97,7 @@ def enter_metadata(**arguments: Any) -> None:
 
 def run_command(*arguments: str) -> int:
     """Run a command without catching its errors."""
-    parsed = cli._parser().parse_args(arguments)
+    parsed = cli.build_parser().parse_args(arguments)
     status: int = parsed.run(parsed)
     return status
 
