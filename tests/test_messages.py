@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 from typing import ClassVar
 
@@ -27,6 +28,9 @@ from compiled_sparse import registry
 from compiled_sparse.checkpoints import load_with_gates
 from compiled_sparse.checkpoints import to_diffusers
 from compiled_sparse.chips import chip
+from compiled_sparse.cli.compilers import InnerCompilerError
+from compiled_sparse.cli.compilers import require_inductor
+from compiled_sparse.cli.tune import tune_tiles
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
@@ -48,13 +52,18 @@ MODULES = (
     "block_map",
     "checkpoints",
     "chips",
+    "cli/attention_bench",
+    "cli/compilers",
+    "cli/mechanism",
     "cli/plan",
+    "cli/tune",
     "config",
     "config_sla",
     "config_vmoba",
     "config_vsa",
     "environment",
     "export",
+    "flex",
     "geometry",
     "guard",
     "policy",
@@ -100,6 +109,21 @@ def run_command(*arguments: str) -> int:
     parsed = cli.build_parser().parse_args(arguments)
     status: int = parsed.run(parsed)
     return status
+
+
+SMALL = ("--grid", "4", "4", "4", "--heads", "1", "--head-dim", "16")
+
+
+def require_inductor_without_a_compiler() -> None:
+    no_compiler = {"cpp.cxx": (None, "no-compiler"), "force_disable_caches": True}
+    with torch._inductor.config.patch(no_compiler):
+        require_inductor(otherwise="do without")
+
+
+def tune_without_a_gpu() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        tune_tiles(Path("tiles.json"))
 
 
 LINEAR = torch.nn.Linear(2, 2, bias=False)
@@ -805,6 +829,54 @@ CASES = {
         "or --grid, --heads and --head-dim",
         "--list shows all models",
         lambda: run_command("plan", "--model", "mochi-1", "--grid", "1", "2", "3"),
+    ),
+    "two mechanisms": Case(
+        errors.ConfigError,
+        "--mechanism says all there is to say",
+        "--mechanism vsa and --tile",
+        "--mechanism, or --window and --tile",
+        "--mechanism sta:window_thw=3x3x3",
+        lambda: run_command("bench", "--mechanism", "vsa", "--tile", "1", "2", "3"),
+    ),
+    "nothing to time": Case(
+        errors.ConfigError,
+        "there is nothing sparse to time",
+        "dense: policy_dense",
+        "a mechanism that takes this grid",
+        "compiled-sparse plan",
+        lambda: run_command("bench", "--mechanism", "dense"),
+    ),
+    "chunks for flex": Case(
+        errors.ConfigError,
+        "flex_attention has no form of what this mechanism selects",
+        "vmoba:",
+        "lists key blocks for blocks of queries",
+        "leave --flex out",
+        lambda: run_command("bench", *SMALL, "--flex", "--mechanism", "vmoba"),
+    ),
+    "blocks for flex": Case(
+        errors.LayoutError,
+        "flex_attention takes full blocks only",
+        "grid (4, 4, 4) in blocks of (4, 4, 4) queries and (4, 4, 4) keys, text 0 + 3",
+        "blocks that divide the grid, and text of whole blocks",
+        "leave flex_attention out",
+        lambda: run_command("bench", *SMALL, "--flex", "--mechanism", "vsa", "--text", "0", "3"),
+    ),
+    "no compiler": Case(
+        InnerCompilerError,
+        "inductor does not work on this machine",
+        "no-compiler",
+        "a C++ compiler that inductor finds",
+        "apt install g++), or do without",
+        require_inductor_without_a_compiler,
+    ),
+    "tuning": Case(
+        errors.DeviceError,
+        "tiles are measured on a GPU, and there is none",
+        "torch.cuda.is_available() is False",
+        "a CUDA or ROCm device",
+        "the machine that the table is for",
+        tune_without_a_gpu,
     ),
     "chip": Case(
         errors.UnknownModelError,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import compiled_sparse as cs
-from compiled_sparse.cli.compilers import first_line
 from compiled_sparse.cli.compilers import inductor_failure
+from compiled_sparse.cli.compilers import require_inductor
 from compiled_sparse.cli.measure import Agreement
 from compiled_sparse.cli.measure import Timing
 from compiled_sparse.cli.measure import compare
@@ -23,16 +23,11 @@ from compiled_sparse.cli.measure import medians
 from compiled_sparse.cli.screen import Steps
 from compiled_sparse.cli.wan import DemoModel
 from compiled_sparse.cli.wan import build_model
-from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.ops import cpu
 from compiled_sparse.plots import plot_pattern
 from compiled_sparse.report import Report
 
 RESULT_VERSION = 1
-
-
-class InnerCompilerError(CompiledSparseError, RuntimeError):
-    """The inner compiler that was asked for does not work on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +169,10 @@ def _working_inner(asked: str | None) -> str:
     """Return the inner compiler: the one asked for, or the best that works."""
     if asked not in (None, "inductor"):
         return str(asked)
-    failure = inductor_failure()
-    if failure is None:
-        return "inductor"
     if asked is None:
-        return "eager"
-    raise InnerCompilerError(
-        "inductor does not work on this machine",
-        got=first_line(failure),
-        expected="a C++ compiler that inductor finds",
-        next_step="install one (Debian: apt install g++), or pass --inner eager",
-    ) from failure
+        return "eager" if inductor_failure() else "inductor"
+    require_inductor(otherwise="pass --inner eager")
+    return "inductor"
 
 
 def _build(settings: Settings) -> DemoModel:
