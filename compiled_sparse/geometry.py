@@ -129,16 +129,16 @@ class ModelGeometry:
             next_step=f"the nearest that fits: {name}={nearest}",
         )
 
-    def num_tokens(self, grid_thw: tuple[int, int, int]) -> int:
+    def num_tokens(self, grid_thw: tuple[int, ...]) -> int:
         """Return the length of a call's sequence on a grid, text included."""
         (length,) = sequence_grid(grid_thw, self.text.before, self.text.after)
         return int(length)
 
-    def attention_flops(self, grid_thw: tuple[int, int, int]) -> int:
+    def attention_flops(self, grid_thw: tuple[int, ...]) -> int:
         """Return the FLOPs of dense attention over the video in one forward of batch 1."""
         return attention_flops(self.num_tokens(grid_thw), self.layers, self.heads, self.head_dim)
 
-    def other_flops(self, grid_thw: tuple[int, int, int]) -> int:
+    def other_flops(self, grid_thw: tuple[int, ...]) -> int:
         """Return the FLOPs of everything else in the blocks: products with weights, text's cross.
 
         Embeddings, norms and the text's own part of cross-attention are left out.
@@ -147,7 +147,7 @@ class ModelGeometry:
         of_token = 2 * self.block_parameters + 4 * self.cross_tokens * self.width
         return self.layers * tokens * of_token
 
-    def attention_share(self, grid_thw: tuple[int, int, int]) -> float:
+    def attention_share(self, grid_thw: tuple[int, ...]) -> float:
         """Return the share of dense attention over the video in the FLOPs of a forward."""
         attention = self.attention_flops(grid_thw)
         return attention / (attention + self.other_flops(grid_thw))

@@ -18,6 +18,7 @@ from compiled_sparse.compatible import Compatibility
 from compiled_sparse.compatible import check_sizes
 from compiled_sparse.compatible import compatibility
 from compiled_sparse.config import MechanismConfig
+from compiled_sparse.errors import ConfigError
 from compiled_sparse.geometry import ModelGeometry
 from compiled_sparse.geometry import attention_flops
 from compiled_sparse.geometry import whole_gain
@@ -143,8 +144,9 @@ def plan(request: PlanRequest) -> Plan:
     Raises:
         LayoutError: if the grid is not one to three positive integers, or text no `Text`.
         ShapeError: if a count or the head size is no positive integer.
+        ConfigError: if `attention_tflops` is no number above 0.
     """
-    grid = as_grid(request.grid_thw)
+    request = dataclasses.replace(request, grid_thw=as_grid(request.grid_thw))
     check_text(request.text)
     check_sizes(
         heads=request.heads,
@@ -152,9 +154,16 @@ def plan(request: PlanRequest) -> Plan:
         layers=request.layers,
         batch=request.batch,
     )
+    if request.attention_tflops is not None and not request.attention_tflops > 0:
+        raise ConfigError(
+            "attention_tflops is no rate",
+            got=repr(request.attention_tflops),
+            expected="a number above 0, in TFLOP/s, or None",
+            next_step="leave it out, or pass what dense attention reaches",
+        )
     share = _attention_share(request)
     dense = _dense_milliseconds(request)
-    configs = request.configs or default_configs(grid, request.text)
+    configs = request.configs or default_configs(request.grid_thw, request.text)
     rows = tuple(_row(request, config, dense, share) for config in configs)
     return Plan(request=request, attention_share=share, dense_milliseconds=dense, rows=rows)
 
@@ -162,8 +171,7 @@ def plan(request: PlanRequest) -> Plan:
 def _attention_share(request: PlanRequest) -> float | None:
     if request.model is None:
         return None
-    t, h, w = request.grid_thw
-    share = request.model.attention_share((t, h, w))
+    share = request.model.attention_share(request.grid_thw)
     if not request.training:
         return share
     attention, other = _TRAINED_FLOPS * share, _TRAINED_OTHER * (1.0 - share)

@@ -43,6 +43,8 @@ from compiled_sparse.mechanisms.block_selector import block_selector_mechanism
 from compiled_sparse.mechanisms.contract import build_metadata
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
+from compiled_sparse.planning import PlanRequest
+from compiled_sparse.planning import plan
 from compiled_sparse.policy import as_policy
 from compiled_sparse.presets import geometry
 from compiled_sparse.sparsity import num_selected
@@ -70,6 +72,7 @@ MODULES = (
     "metadata",
     "layout",
     "options",
+    "planning",
     "presets",
     "registry",
     "sparsity",
@@ -877,6 +880,14 @@ CASES = {
         "a CUDA or ROCm device",
         "the machine that the table is for",
         tune_without_a_gpu,
+    ),
+    "rate of dense attention": Case(
+        errors.ConfigError,
+        "attention_tflops is no rate",
+        "0.0",
+        "a number above 0, in TFLOP/s",
+        "what dense attention reaches",
+        lambda: plan(PlanRequest(grid_thw=(4, 4, 4), heads=1, head_dim=64, attention_tflops=0.0)),
     ),
     "chip": Case(
         errors.UnknownModelError,

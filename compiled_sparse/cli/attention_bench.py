@@ -81,11 +81,10 @@ def measure(settings: Settings) -> dict[str, Any]:
         q, k, v = _tokens(settings, device)
         learned = _learned(config, q)
         lists = _lists(config, q, k, settings)
+        given = {"grid_thw": settings.grid, "text": settings.text, **learned}
         calls: dict[str, Call] = {
             "dense": lambda: F.scaled_dot_product_attention(q, k, v),
-            "sparse": lambda: attention(
-                q, k, v, config, grid_thw=settings.grid, text=settings.text, **learned
-            ),
+            "sparse": lambda: attention(q, k, v, config, **given),
         }
         if settings.flex:
             calls["flex"] = _flex(config, lists, q, k, v)

@@ -16,6 +16,7 @@ from compiled_sparse.cli.measure import compare
 from compiled_sparse.config import STA
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config_vsa import VSA
+from compiled_sparse.environment import policy_from_environment
 from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.layout import Text
 from compiled_sparse.ops import cpu
@@ -84,7 +85,18 @@ def compiler() -> dict[str, str]:
         "inductor": "works" if failure is None else f"does not work: {first_line(failure)}",
         "backend": "registered with Dynamo" if is_listed else "NOT registered with Dynamo",
         "mechanisms": ", ".join(each.name for each in registry.mechanisms()),
+        "override": _override(),
     }
+
+
+def _override() -> str:
+    """What the environment makes of every policy, or what is wrong with it."""
+    try:
+        policy = policy_from_environment()
+    except CompiledSparseError as error:
+        return str(error)
+    rules = () if policy is None else policy.rules
+    return ", ".join(f"{glob} {config.describe()}" for glob, config in rules) or "none"
 
 
 def checks() -> list[Check]:

@@ -35,21 +35,12 @@ def tune_tiles(path: Path) -> dict[str, Any]:
             expected="a CUDA or ROCm device and a torch build for it",
             next_step="run this on the machine that the table is for",
         )
-    from triton.testing import do_bench
-
     from compiled_sparse.kernels import tune
     from compiled_sparse.kernels import tuning
 
-    def measure(call: Callable[[], None]) -> float:
-        try:
-            return float(do_bench(call, rep=10 * _ROUNDS_PER_TILE, return_mode="median")) / 1e3
-        except Exception:  # noqa: BLE001 - a tile that does not fit or compile is no candidate
-            torch.cuda.synchronize()  # raises where it was the device that failed
-            return math.inf
-
     chip, device = tuning.current_chip(), torch.device("cuda")
     findings = []
-    for finding in tune.tune(chip, device, measure):
+    for finding in tune.tune(chip, device, _seconds):
         print(f"{finding.kernel} {finding.key}: {tuple(finding.tile)}", file=sys.stderr, flush=True)
         findings.append(finding)
     document = json.loads(tuning.SHIPPED.read_text())
@@ -59,3 +50,13 @@ def tune_tiles(path: Path) -> dict[str, Any]:
     }
     tuning.write_table(document, path)
     return {"chip": chip, "table": str(path), "entries": len(findings), "boxes": record["boxes"]}
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    from triton.testing import do_bench
+
+    try:
+        return float(do_bench(call, rep=10 * _ROUNDS_PER_TILE, return_mode="median")) / 1e3
+    except Exception:  # noqa: BLE001 - a tile that does not fit or compile is no candidate
+        torch.cuda.synchronize()  # raises where it was the device that failed
+        return math.inf

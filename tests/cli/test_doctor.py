@@ -97,6 +97,17 @@ def test_an_unknown_kernel_is_reported_and_ends_with_status_1(
     assert "UnknownKernelError" in found["checks"][0]["detail"]
 
 
+def test_the_override_of_the_environment_is_shown_as_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COMPILED_SPARSE_BACKEND", "VIDEO_SPARSE_ATTN")
+    assert diagnosis.compiler()["override"].startswith("* vsa:sparsity=")
+    monkeypatch.setenv("COMPILED_SPARSE_BACKEND", "fastest")
+    assert "set to something unknown" in diagnosis.compiler()["override"]
+    monkeypatch.delenv("COMPILED_SPARSE_BACKEND")
+    assert diagnosis.compiler()["override"] == "none"
+
+
 def test_values_of_the_environment_are_shown_only_where_they_are_ours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
