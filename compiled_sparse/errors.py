@@ -38,6 +38,10 @@ class UnknownMechanismError(CompiledSparseError, ValueError):
     """A mechanism name is not one of the registered names."""
 
 
+class UnknownModelError(CompiledSparseError, ValueError):
+    """A model or chip name is not one that is described here."""
+
+
 class UnknownOptionError(CompiledSparseError, ValueError):
     """`torch.compile(..., options=...)` holds a key nobody knows."""
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,10 +140,7 @@ class Report:
         rows = self.rows()
         lines = [self.summary()]
         if rows:
-            titles = list(rows[0])
-            widths = {t: max(len(t), *(len(row[t]) for row in rows)) for t in titles}
-            lines.append("  ".join(title.ljust(widths[title]) for title in titles).rstrip())
-            lines += ["  ".join(row[t].ljust(widths[t]) for t in titles).rstrip() for row in rows]
+            lines += aligned(rows)
         lines += self.notes()
         seen = _counts(site.reason for site in self.sites if site.reason)
         lines += [f"{reason}: {REASONS[reason]}" for reason in seen]
@@ -167,6 +166,18 @@ class Report:
         yield from map(Line, self.notes())
         for reason in _counts(site.reason for site in self.sites if site.reason):
             yield Line.assemble((reason, "bold"), f": {REASONS[reason]}")
+
+
+def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the lines of a plain-text table, titles first.
+
+    Args:
+        rows: At least one mapping from column title to text, all with the same titles.
+    """
+    titles = list(rows[0])
+    widths = {t: max(len(t), *(len(row[t]) for row in rows)) for t in titles}
+    cells = ({title: title for title in titles}, *rows)
+    return ["  ".join(row[t].ljust(widths[t]) for t in titles).rstrip() for row in cells]
 
 
 _OVERRIDES = {

@@ -17,6 +17,7 @@ from compiled_sparse import selector
 from compiled_sparse.config import STA
 from compiled_sparse.config import SWBA
 from compiled_sparse.environment import ALIASES
+from compiled_sparse.plan_configs import SPARSITY
 from compiled_sparse.quality import LEVELS
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
@@ -31,6 +32,7 @@ README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION 
     ),
 )
 MECHANISMS = ROOT / "docs" / "mechanisms.md"
+PLAN = ROOT / "docs" / "plan.md"
 
 
 @cache
@@ -151,6 +153,23 @@ def test_the_policy_page_shows_the_numbers_of_the_quality_levels() -> None:
         )
         for name, level in LEVELS.items()
     }
+
+
+def test_the_plan_page_shows_the_shares_that_the_code_counts() -> None:
+    table = runpy.run_path(str(ROOT / "tools" / "share_table.py"))
+    assert table_rows(PLAN, table["TITLES"][0]) == table["rows"]()
+    assert f"sparsity of {SPARSITY}" in PLAN.read_text(encoding="utf-8")
+
+
+def plan_page_commands() -> list[str]:
+    """The arguments of each `compiled-sparse plan` on its page."""
+    text = PLAN.read_text("utf-8")
+    return re.findall(r"^compiled-sparse (plan .*?) *(?:#.*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", plan_page_commands())
+def test_a_command_of_the_plan_page_succeeds(command: str) -> None:
+    assert cli.main(command.split()) == 0
 
 
 def test_the_pages_list_every_name_of_fastvideo() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `compiled-sparse bench`, `demo` and `plot`.
+"""The command line: `compiled-sparse bench`, `completion`, `demo`, `doctor`, `plan` and `plot`.
 
 Exit status 0 means that everything asked for happened, 1 that a check failed, 2 that the request
 could not be carried out.
@@ -13,11 +13,14 @@ from importlib import metadata
 
 from compiled_sparse.cli import bench
 from compiled_sparse.cli import calibrate
+from compiled_sparse.cli import completion
 from compiled_sparse.cli import demo
+from compiled_sparse.cli import doctor
+from compiled_sparse.cli import plan
 from compiled_sparse.cli import plot
 from compiled_sparse.errors import CompiledSparseError
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 USAGE_ERROR = 2
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
     except CompiledSparseError as error:
@@ -40,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; `run` of what it parses takes that and does the work."""
     parser = argparse.ArgumentParser(
         prog="compiled-sparse",
         description="Block-sparse attention for unmodified video diffusion transformers.",
@@ -48,6 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"compiled_sparse {metadata.version('compiled-sparse')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (bench, calibrate, demo, plot):
+    for command in (bench, calibrate, completion, demo, doctor, plan, plot):
         command.add_parser(commands)
     return parser

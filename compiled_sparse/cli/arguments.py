@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,26 @@ def _add_extents(
         default=tuple(default),
         help=f"{what} (default {shown})",
     )
+
+
+def add_text_argument(parser: argparse.ArgumentParser, *, default: tuple[int, int] | None) -> None:
+    """Add `--text`, the numbers of text tokens in front of the video and behind it."""
+    parser.add_argument(
+        "--text",
+        nargs=2,
+        type=int,
+        metavar=("BEFORE", "AFTER"),
+        default=default,
+        help="text tokens around the video (default 0 0)",
+    )
+
+
+def positive(text: str) -> float:
+    """Return a number above 0; an argparse type."""
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def count(minimum: int) -> Any:

@@ -6,10 +6,9 @@ import argparse
 
 from compiled_sparse.cli.arguments import Commands
 from compiled_sparse.cli.arguments import add_pattern_arguments
-from compiled_sparse.config import STA
-from compiled_sparse.config import MechanismConfig
-from compiled_sparse.config import parse_spec
-from compiled_sparse.errors import ConfigError
+from compiled_sparse.cli.arguments import add_text_argument
+from compiled_sparse.cli.mechanism import add_mechanism_argument
+from compiled_sparse.cli.mechanism import mechanism_of
 from compiled_sparse.layout import Text
 from compiled_sparse.plots import plot_pattern
 
@@ -26,22 +25,8 @@ def add_parser(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_pattern_arguments(parser, grid=(21, 30, 52), window=WINDOW, tile=TILE)
-    # What was not given has to be seen: with --mechanism neither may be.
-    parser.set_defaults(window=None, tile=None)
-    parser.add_argument(
-        "--mechanism",
-        metavar="SPEC",
-        help="any mechanism, instead of --window and --tile, such as vsa:sparsity=0.9 or "
-        "sla:block_q=4x8x4,block_k=4x4x4",
-    )
-    parser.add_argument(
-        "--text",
-        nargs=2,
-        type=int,
-        metavar=("BEFORE", "AFTER"),
-        default=(0, 0),
-        help="text tokens around the video (default 0 0)",
-    )
+    add_mechanism_argument(parser)
+    add_text_argument(parser, default=(0, 0))
     parser.add_argument(
         "--query-tile",
         nargs="+",
@@ -71,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: if `--mechanism` and the arguments of sliding tile attention are given.
     """
     before, after = arguments.text
-    config = _config(arguments)
+    config = mechanism_of(arguments, window=WINDOW, tile=TILE)
     path = plot_pattern(
         config,
         tuple(arguments.grid),
@@ -82,19 +67,3 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(path)
     return 0
-
-
-def _config(arguments: argparse.Namespace) -> MechanismConfig:
-    sides = {"--window": arguments.window, "--tile": arguments.tile}
-    given = [flag for flag, value in sides.items() if value is not None]
-    if arguments.mechanism is None:
-        window, tile = arguments.window or WINDOW, arguments.tile or TILE
-        return STA(window_thw=tuple(window), tile_thw=tuple(tile))
-    if given:
-        raise ConfigError(
-            "--mechanism says all there is to say about the mechanism",
-            got=f"--mechanism {arguments.mechanism} and {' and '.join(given)}",
-            expected="--mechanism, or --window and --tile",
-            next_step="write --mechanism sta:window_thw=3x3x3,tile_thw=6x8x8, for instance",
-        )
-    return parse_spec(arguments.mechanism)
