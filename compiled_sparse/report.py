@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from compiled_sparse.config import MechanismConfig
@@ -119,6 +120,22 @@ class Report:
     def to_json(self) -> str:
         """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML page that needs nothing else; needs matplotlib.
+
+        Args:
+            path: File to write; a folder that is missing is made.
+
+        Returns:
+            The absolute path of the page.
+
+        Raises:
+            MissingExtraError: if there is a pattern to draw and matplotlib is not installed.
+        """
+        from compiled_sparse.report_page import write_page
+
+        return write_page(self, path)
 
     def notes(self) -> list[str]:
         """Return one line per schedule, and one per origin that overrides the options."""
