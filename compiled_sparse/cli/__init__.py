@@ -1,4 +1,4 @@
-"""The command line: `compiled-sparse bench`, `demo` and `plot`.
+"""The command line: `compiled-sparse bench`, `demo`, `explain` and `plot`.
 
 Exit status 0 means that everything asked for happened, 1 that a check failed, 2 that the request
 could not be carried out.
@@ -13,6 +13,7 @@ from importlib import metadata
 
 from compiled_sparse.cli import bench
 from compiled_sparse.cli import demo
+from compiled_sparse.cli import explain
 from compiled_sparse.cli import plot
 from compiled_sparse.errors import CompiledSparseError
 
@@ -47,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"compiled_sparse {metadata.version('compiled-sparse')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (bench, demo, plot):
+    for command in (bench, demo, explain, plot):
         command.add_parser(commands)
     return parser
