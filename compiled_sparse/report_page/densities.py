@@ -71,6 +71,8 @@ def _bars(sites: Sequence[Decision]) -> Markup:
     caption = (
         "Density of each call in execution order, counted. A bar with stripes is a dense call."
     )
+    if any(site.config is not None and site.config.table is not None for site in sites):
+        caption += " Of a table of windows it is the mean over its steps and layers."
     return _table(caption, rows, ("call", "0 to 1", "density"))
 
 
@@ -92,6 +94,8 @@ def _map(rows: Rows, unit: str, note: str) -> Markup:
         f"Density by {unit}, counted: {unit}s 0 to {most - 1} from left to right, {note}; "
         "the stronger the denser."
     )
+    if any(site.schedule for site, _ in rows):
+        caption += " What the schedule keeps dense, see the notes, is not marked."
     return joined([_table(caption, body, ("call", f"{unit}s", "range")), _legend()], "\n")
 
 

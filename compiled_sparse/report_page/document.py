@@ -101,8 +101,9 @@ def _why(reasons: list[str]) -> Markup:
 def _footer() -> Markup:
     text = (
         f"Written by {_generator()}. Density: counted, the fraction of (query, key) pairs really "
-        "attended. Gain: predicted from the density, never measured. A star marks a dynamic "
-        'length. The report as JSON is in this page, in the element with id "report".'
+        "attended; tiles that are selected by content count with their mean size. Gain: predicted "
+        "from the density, never measured. A star marks a dynamic length. The report as JSON is "
+        'in this page, in the element with id "report".'
     )
     return element("footer", element("p", text))
 

@@ -100,6 +100,7 @@ def test_strict_fails_where_a_named_call_stays_dense(
     assert captured.err.startswith("strict: 2 attention calls the policy wants sparse stay dense")
 
 
+@pytest.mark.slow
 def test_the_model_of_the_demo_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["explain", "--demo", "--grid", "2", "5", "4", "--policy", "swba:block=8,window=2"]
     assert main([*command, "--json", "--strict"]) == 0

@@ -143,10 +143,12 @@ def test_a_table_of_windows_is_mapped_by_step_and_by_head(tmp_path: Path) -> Non
     low, high = (sta_density(layout, (window,)) for window in TABLE.windows)
     site = sparse("b.1", config, layer=1)
     assert densities(site) == ((low, low, high), (low, high, low))
-    report = Report((sparse("b.0", config, layer=0), site))
+    report = Report((sparse("b.0", config, layer=0, schedule="dense at step 0"), site))
     root = parsed(report.to_html(tmp_path / "r.html").read_text("utf-8"))
     by_step, by_head = [s for s in root.all("table") if s.text.startswith("Density by")]
     assert "steps 0 to 1" in by_step.text
+    assert "What the schedule keeps dense" in by_step.text
+    assert "Of a table of windows it is the mean" in root.by_id("density").text
     assert "heads 0 to 2" in by_head.text
     cells = by_head.all("tbody")[0].all("tr")[1].all("rect")
     means = (low, (low + high) / 2, (low + high) / 2)
