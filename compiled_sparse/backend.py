@@ -19,7 +19,6 @@ import torch
 from torch import fx
 from torch._dynamo import lookup_backend
 
-from compiled_sparse.errors import StrictRewriteError
 from compiled_sparse.guard import Guard
 from compiled_sparse.guard import read_findings
 from compiled_sparse.guard import report_findings
@@ -38,7 +37,6 @@ from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import StepSchedule
 from compiled_sparse.policy import as_policy
-from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 from compiled_sparse.recompute import Recall
 from compiled_sparse.report import Decision
@@ -47,6 +45,13 @@ from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
 from compiled_sparse.selector import reads_sparsity
+from compiled_sparse.strict import UNMATCHED_ADVICE
+from compiled_sparse.strict import missed_calls
+from compiled_sparse.strict import missed_error
+from compiled_sparse.strict import rules_and_paths
+from compiled_sparse.strict import unmatched_calls
+from compiled_sparse.strict import unmatched_error
+from compiled_sparse.strict import where_and_why
 
 logger = logging.getLogger("compiled_sparse")
 
@@ -313,55 +318,29 @@ def _announce(decisions: list[Decision], strict: bool, *, is_automatic: bool) ->
     logger.info("%s", report.summary())
     for decision in decisions:
         logger.debug("%s", decision)
-    missed = [d for d in decisions if not d.is_sparse and d.reason not in EXPECTED_DENSE]
+    missed = missed_calls(decisions)
     if not missed or is_automatic:
         return
-    first = missed[0]
-    where = f"{first.path or 'an attention call'}: {first.reason}"
-    detail = f" ({first.detail})" if first.detail else ""
     if strict:
-        raise StrictRewriteError(
-            f"{len(missed)} attention calls the policy wants sparse stay dense",
-            got=where + detail,
-            expected="every call the policy names rewritten, as strict=True asks",
-            next_step=REASONS[first.reason],
-        )
+        raise missed_error(missed)
     logger.warning(
-        "%d attention calls stay dense although the policy names a mechanism; first %s%s. %s",
+        "%d attention calls stay dense although the policy names a mechanism; first %s. %s",
         len(missed),
-        where,
-        detail,
-        REASONS[first.reason],
+        where_and_why(missed[0]),
+        REASONS[missed[0].reason],
     )
 
 
 def _announce_unmatched(decisions: list[Decision], policy: Policy, strict: bool) -> None:
-    """Warn, or raise when strict, where no rule matches any video call of a graph.
-
-    Calls of modules with their own policy are `cs.attach`'s matter.
-    """
-    video = [d for d in decisions if d.config_origin]
-    if not video or not policy.sparse_globs:
+    """Warn, or raise when strict, where no rule matches any video call of a graph."""
+    unmatched = unmatched_calls(decisions, policy)
+    if not unmatched:
         return
-    if any(d.reason != "no_rule" or d.config_origin == "module" for d in video):
-        return
-    rules = ", ".join(repr(glob) for glob, _ in policy.rules)
-    paths = ", ".join(dict.fromkeys(repr(d.path) for d in video))
-    advice = (
-        "correct the globs; blocks that are compiled alone see paths without the block's own: "
-        "give their policy to cs.attach(model, policy)"
-    )
     if strict:
-        raise StrictRewriteError(
-            "no rule of the policy matches any video attention call of the graph",
-            got=f"rules {rules}; calls of {paths}",
-            expected="globs that match module paths, as strict=True asks",
-            next_step=advice,
-        )
+        raise unmatched_error(unmatched, policy)
     logger.warning(
         "no rule of the policy (%s) matches any video attention call of the graph (%s): all stay "
         "dense; %s",
-        rules,
-        paths,
-        advice,
+        *rules_and_paths(unmatched, policy),
+        UNMATCHED_ADVICE,
     )

@@ -12,6 +12,7 @@ from torch import fx
 from compiled_sparse.compiling import compiled_apart
 from compiled_sparse.compiling import plain
 from compiled_sparse.errors import ConfigError
+from compiled_sparse.errors import StrictRewriteError
 from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
@@ -25,6 +26,7 @@ from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
 from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
+from compiled_sparse.strict import strict_errors
 
 
 def explain(
@@ -61,6 +63,7 @@ def explain(
     sources = current_sources(as_policy(policy))
     step_is_known = current_call().step is not None
     decisions: list[Decision] = []
+    problems: list[str] = []
     num_graphs = 0
 
     def analyse(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -75,12 +78,18 @@ def explain(
             rewrite=False,
             sparsity=current_call().sparsity,
         )
-        decisions.extend(analysis(clone_dynamo_graph(graph)))
+        found = analysis(clone_dynamo_graph(graph))
+        decisions.extend(found)
+        problems.extend(map(_in_a_line, strict_errors(found, sources, modules)))
         outputs = _output_values(graph)
         return lambda *_: [_zeros(value) for value in outputs]
 
     compiled_apart(plain(model), analyse)(*args, **kwargs)
-    return Report(tuple(decisions), max(num_graphs, 1))
+    return Report(tuple(decisions), max(num_graphs, 1), tuple(problems))
+
+
+def _in_a_line(error: StrictRewriteError) -> str:
+    return f"{error.problem}: {error.got}. Next: {error.next_step}"
 
 
 def _output_values(graph: fx.GraphModule) -> list[Any]:

@@ -5,6 +5,7 @@ A raise statement without a case here fails `test_every_error_has_a_case_for_its
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -29,6 +30,8 @@ from compiled_sparse import registry
 from compiled_sparse.checkpoints import load_with_gates
 from compiled_sparse.checkpoints import to_diffusers
 from compiled_sparse.chips import chip
+from compiled_sparse.cli import entry
+from compiled_sparse.cli import explain as explain_command
 from compiled_sparse.cli.compilers import InnerCompilerError
 from compiled_sparse.cli.compilers import require_inductor
 from compiled_sparse.cli.tune import tune_tiles
@@ -78,6 +81,8 @@ MODULES = (
     "registry",
     "sparsity",
     "tile_order",
+    "cli/entry",
+    "cli/explain",
     "mechanisms/block_selector",
     "mechanisms/contract",
     *calibration_cases.MODULES,
@@ -129,6 +134,11 @@ def tune_without_a_gpu() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         tune_tiles(Path("tiles.json"))
+
+
+def explain_nothing() -> None:
+    no_arguments = dict.fromkeys(("entry", "policy", "grid", "text", "step", "num_steps", "html"))
+    explain_command.run(argparse.Namespace(demo=False, **no_arguments))
 
 
 LINEAR = torch.nn.Linear(2, 2, bias=False)
@@ -810,6 +820,62 @@ CASES = {
         "[batch, heads, length, head_dim]",
         "reshape x",
         lambda: cs.mean_pool(TOKENS[:, :, :0], 4),
+    ),
+    "name of an entry": Case(
+        entry.EntryError,
+        "this names no function",
+        "'model.py'",
+        "FILE.py:FUNCTION or package.module:function",
+        "model.py:build",
+        lambda: entry.load_entry("model.py"),
+    ),
+    "file of an entry": Case(
+        entry.EntryError,
+        "there is no such file",
+        "nowhere.py",
+        "a Python file",
+        "check the path",
+        lambda: entry.load_entry("nowhere.py:build"),
+    ),
+    "module of an entry": Case(
+        entry.EntryError,
+        "there is no such module",
+        "nowhere",
+        "can be imported from here",
+        "FILE.py:FUNCTION",
+        lambda: entry.load_entry("nowhere.models:build"),
+    ),
+    "function of an entry": Case(
+        entry.EntryError,
+        "math has no function pi",
+        "float",
+        "a function that takes nothing",
+        "define pi() in math",
+        lambda: entry.load_entry("math:pi"),
+    ),
+    "entry that fails": Case(
+        entry.EntryError,
+        "math:sin failed",
+        "TypeError: math.sin() takes exactly one argument (0 given) (",
+        "runs to its end",
+        "correct it",
+        lambda: entry.load_entry("math:sin")(),
+    ),
+    "what an entry returns": Case(
+        entry.EntryError,
+        "time:time returned no model with its inputs",
+        "float",
+        "(model, kwargs) or (model, args, kwargs)",
+        "return the module",
+        lambda: entry.load_model("time:time"),
+    ),
+    "models to explain": Case(
+        errors.ConfigError,
+        "one model is explained at a time",
+        "no model",
+        "FILE.py:FUNCTION, or --demo",
+        "explain model.py:build",
+        explain_nothing,
     ),
     "ratio of a map": Case(
         errors.MetadataError,

@@ -143,8 +143,10 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "mechanisms": ("passes", "selector", "attach", "backend", "cli"),
     "block_lists": ("plots", "passes", "selector", "attach", "backend", "cli"),
     "plots": ("passes", "selector", "attach", "backend", "cli"),
+    "report_page": ("passes", "selector", "attach", "backend", "cli"),
     "passes": ("backend", "cli"),
     "selector": ("backend", "cli"),
+    "strict": ("backend", "cli"),
     "attach": ("backend", "cli"),
     "backend": ("cli",),
 }

@@ -191,7 +191,6 @@ def _window_policy(
         return Policy({"*": "dense"})
     windows, tile = _window_palette(measurements)
     layers, heads = len(measurements.layers), measurements.layers[0].num_heads
-    _require_equal_heads(measurements, heads)
     table = [
         [[len(windows) - 1] * heads for _ in range(layers)] for _ in range(measurements.num_steps)
     ]
@@ -225,14 +224,3 @@ def _window_palette(
         )
     (tile,), (grid,) = tiles, grids
     return (*(config.windows[0] for config in configs), tuple(tiles_along(grid, tile))), tile
-
-
-def _require_equal_heads(measurements: Measurements, heads: int) -> None:
-    counts = [site.num_heads for site in measurements.layers]
-    if set(counts) != {heads}:
-        raise CalibrationError(
-            "layers with different numbers of heads cannot stand in one table",
-            got=f"heads {counts}",
-            expected="the same number in every layer",
-            next_step="calibrate the parts of the model one by one",
-        )

@@ -204,6 +204,15 @@ class Measurements:
                     next_step="calibrate each resolution and each model in a run of its own",
                 )
 
+        counts = [site.num_heads for site in first]
+        if len(set(counts)) != 1:
+            raise CalibrationError(
+                "layers have different numbers of heads",
+                got=f"heads {counts}",
+                expected="the same number in every layer",
+                next_step="calibrate the parts of the model one by one",
+            )
+
     @property
     def layers(self) -> tuple[SiteErrors, ...]:
         """The attention calls of one call of the model, for what is the same in all."""

@@ -167,7 +167,8 @@ def recording(
     """
     configs = as_candidates(candidates)
     recorder = _Recorder()
-    compiled = _probing(model, configs, recorder, inner, rows)
+    # The model's __call__ is what leads here.
+    compiled = _probing(model._call_impl, configs, recorder, inner, rows)
     with open_entries(journal, configs, rows) as entries:
         made: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""The command line: `compiled-sparse bench`, `completion`, `demo`, `doctor`, `plan` and `plot`.
+"""The command line: `compiled-sparse COMMAND`, one module for each command.
 
 Exit status 0 means that everything asked for happened, 1 that a check failed, 2 that the request
 could not be carried out.
@@ -16,6 +16,7 @@ from compiled_sparse.cli import calibrate
 from compiled_sparse.cli import completion
 from compiled_sparse.cli import demo
 from compiled_sparse.cli import doctor
+from compiled_sparse.cli import explain
 from compiled_sparse.cli import plan
 from compiled_sparse.cli import plot
 from compiled_sparse.errors import CompiledSparseError
@@ -52,6 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     version = f"compiled_sparse {metadata.version('compiled-sparse')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (bench, calibrate, completion, demo, doctor, plan, plot):
+    for command in (bench, calibrate, completion, demo, doctor, explain, plan, plot):
         command.add_parser(commands)
     return parser

@@ -6,6 +6,8 @@ plot_pattern(STA(window_thw=(3, 3, 3)), (21, 30, 52), path="pattern.png")
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -16,8 +18,24 @@ from compiled_sparse.errors import ConfigError
 from compiled_sparse.layout import Text
 from compiled_sparse.plots.chunks import chunk_pattern
 from compiled_sparse.plots.drawing import draw
+from compiled_sparse.plots.pattern import Pattern
 from compiled_sparse.plots.pattern import View
 from compiled_sparse.plots.pattern import pattern_of
+
+_DPI = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A pattern, drawn.
+
+    Args:
+        png: The picture as a PNG file.
+        title: What it shows, in words.
+    """
+
+    png: bytes
+    title: str
 
 
 def plot_pattern(
@@ -65,15 +83,39 @@ def plot_pattern(
         LayoutError: if grid, tile and query tile do not fit, or there are too many blocks to draw.
     """
     view = View(tuple(grid_thw), text or Text(), query_tile, head, _both(q, k), seed)
-    if isinstance(config, VMoBA):
-        pattern = chunk_pattern(config, view)
-    else:
-        pattern = pattern_of(config, view)
-    figure = draw(pattern)
+    figure = draw(_pattern(config, view))
     target = Path(path).expanduser().resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=_DPI)
     return target
+
+
+def pattern_picture(
+    config: MechanismConfig, grid_thw: tuple[int, ...], text: Text | None = None
+) -> Picture:
+    """Draw the picture of `plot_pattern` in memory, seen from the middle block of the first head.
+
+    Args:
+        config: As for `plot_pattern`.
+        grid_thw: Token grid after patching, one to three axes.
+        text: Text tokens around the video.
+
+    Returns:
+        The picture; the same arguments give the same bytes.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        ConfigError: if the config has no pattern.
+        LayoutError: if the grid does not fit, or there are too many blocks to draw.
+    """
+    pattern = _pattern(config, View(tuple(grid_thw), text or Text()))
+    stream = io.BytesIO()
+    draw(pattern).savefig(stream, dpi=_DPI, format="png")
+    return Picture(png=stream.getvalue(), title=pattern.title)
+
+
+def _pattern(config: MechanismConfig, view: View) -> Pattern:
+    return chunk_pattern(config, view) if isinstance(config, VMoBA) else pattern_of(config, view)
 
 
 def _both(q: Tensor | None, k: Tensor | None) -> tuple[Tensor, Tensor] | None:

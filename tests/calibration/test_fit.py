@@ -130,7 +130,7 @@ def test_windows_of_several_tiles_or_heads_cannot_stand_in_one_table() -> None:
         fit(measurements(WINDOWS, (other,)), max_error=1.0)
     fewer = site("b", [row[:1] for row in EASY])
     with pytest.raises(CalibrationError, match="different numbers of heads"):
-        fit(measurements(WINDOWS, (site("a", EASY), fewer)), max_error=1.0)
+        measurements(WINDOWS, (site("a", EASY), fewer))
 
 
 def test_two_calls_of_one_module_cannot_be_told_apart() -> None:

@@ -19,7 +19,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"compiled_sparse {metadata.version('compiled-sparse')}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], ["demo"], ["plot"]])
+@pytest.mark.parametrize("command", [[], ["bench"], ["demo"], ["explain"], ["plot"]])
 def test_every_command_explains_itself(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
