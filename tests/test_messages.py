@@ -14,6 +14,7 @@ from typing import Any
 from typing import ClassVar
 
 import calibration_cases
+import measuring_cases
 import pytest
 import torch
 from messages import Case
@@ -86,6 +87,7 @@ MODULES = (
     "mechanisms/block_selector",
     "mechanisms/contract",
     *calibration_cases.MODULES,
+    *measuring_cases.MODULES,
 )
 
 STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
@@ -886,6 +888,7 @@ CASES = {
         lambda: truncated_top_k(10, 1.5),
     ),
     **calibration_cases.CASES,
+    **measuring_cases.CASES,
     "size of a video": Case(
         errors.LayoutError,
         "wan2.1-t2v-14b has no token grid for this number of frames",

@@ -154,12 +154,9 @@ class _About:
         return {"format": FORMAT, "version": str(VERSION), "call": body}
 
     @staticmethod
-    def of(file: Any) -> _About:
-        """Return what an open file says."""
-        said = file.metadata() or {}
-        if said.get("format") != FORMAT or said.get("version") != str(VERSION):
-            raise ValueError(f"format {said.get('format')!r}, version {said.get('version')!r}")
-        body = json.loads(said["call"])
+    def parse(text: str) -> _About:
+        """Return what `to_metadata` made a text of; what is wrong with it raises as it comes."""
+        body = json.loads(text)
         return _About(
             layer=int(body["layer"]),
             key=CallKey(**body["key"]),
@@ -173,8 +170,8 @@ def _files_of(directory: Path) -> dict[CallKey, list[Path]]:
     """Return the files of each call of the model, by layer."""
     found: dict[CallKey, dict[int, Path]] = {}
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
-        with _opened(path) as file:
-            about = _About.of(file)
+        with _opened(path) as (_, about):
+            pass
         found.setdefault(about.key, {})[about.layer] = path
     incomplete = [key for key, layers in found.items() if set(layers) != set(range(len(layers)))]
     if not found or incomplete:
@@ -189,8 +186,7 @@ def _files_of(directory: Path) -> dict[CallKey, list[Path]]:
 
 
 def _load(path: Path, device: str | torch.device) -> AttentionCall:
-    with _opened(path, device) as file:
-        about = _About.of(file)
+    with _opened(path, device) as (file, about):
         has_mask = "key_mask" in file.keys()  # noqa: SIM118 - it is no mapping
         q, k, v = (file.get_tensor(name) for name in "qkv")
         mask = file.get_tensor("key_mask").bool() if has_mask else None
@@ -209,19 +205,25 @@ def _load(path: Path, device: str | torch.device) -> AttentionCall:
 
 
 @contextmanager
-def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
+def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[Any, _About]]:
     """Open a file, and turn whatever is wrong with it into an error that names it."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-            yield file
+            said = file.metadata() or {}
+            seen = (said.get("format"), said.get("version"))
+            if seen == (FORMAT, str(VERSION)):
+                yield file, _About.parse(said["call"])
+                return
+            found = f"format {seen[0]!r}, version {seen[1]!r}"
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise CalibrationError(
-            "a file holds no captured attention call",
-            got=f"{path}: {type(error).__name__}: {error}",
-            expected=f"tensors q, k and v, and metadata of {FORMAT!r}, version {VERSION}",
-            next_step="capture it again, or remove it from the folder",
-        ) from None
+        found = f"{type(error).__name__}: {error}"
+    raise CalibrationError(
+        "a file holds no captured attention call",
+        got=f"{path}: {found}",
+        expected=f"tensors q, k and v, and metadata of {FORMAT!r}, version {VERSION}",
+        next_step="capture it again, or remove it from the folder",
+    )
 
 
 def _safetensors() -> Any:

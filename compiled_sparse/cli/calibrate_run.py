@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +120,9 @@ def _measure(arguments: argparse.Namespace) -> Measurements:
             expected="at least one",
             next_step="pass --candidate sta:window_thw=3x3x3,tile_thw=6x8x8, for instance",
         )
-    if arguments.captured and not (arguments.entry or arguments.demo):
-        with progress(None) as done:
-            return measure_captured(
-                arguments.captured, candidates, journal=arguments.journal, on_call=done
-            )
-    workload = load_workload(arguments, "--captured FOLDER")
     if arguments.captured:
-        raise CalibrationError(
-            "a calibration is of a model or of captured calls",
-            got=f"--captured {arguments.captured} and a model",
-            expected="one of them",
-            next_step="leave the other out",
-        )
+        return _measure_captured(arguments, candidates)
+    workload = load_workload(arguments, "--captured FOLDER")
     with progress(workload.num_calls) as done:
         return measure(
             workload.model,
@@ -140,6 +131,20 @@ def _measure(arguments: argparse.Namespace) -> Measurements:
             journal=arguments.journal,
             inner=arguments.inner,
             on_call=done,
+        )
+
+
+def _measure_captured(arguments: argparse.Namespace, candidates: Sequence[str]) -> Measurements:
+    if arguments.entry or arguments.demo:
+        raise CalibrationError(
+            "a calibration is of a model or of captured calls",
+            got=f"--captured {arguments.captured} and a model",
+            expected="one of them",
+            next_step="leave the other out",
+        )
+    with progress(None) as done:
+        return measure_captured(
+            arguments.captured, candidates, journal=arguments.journal, on_call=done
         )
 
 
