@@ -89,6 +89,11 @@ def capture_without_safetensors(folder: Path) -> None:
         calibration.capture(folder, grid_thw=TILE)
 
 
+def capture_nothing(folder: Path) -> None:
+    with calibration.capture(folder, grid_thw=TILE):
+        pass
+
+
 def measure_a_foreign_file(folder: Path) -> None:
     (folder / "a.safetensors").write_bytes(b"0")
     calibration.measure_captured(folder, ["sta"])
@@ -266,6 +271,14 @@ CASES = {
         "tensors q, k and v",
         "capture it again",
         in_folder(measure_a_foreign_file),
+    ),
+    "captured no call": Case(
+        CalibrationError,
+        "nothing was captured",
+        "no self-attention over grid (2, 2, 2) and Text(before=0, after=0)",
+        "of this length, in eager",
+        "correct grid_thw and text",
+        in_folder(capture_nothing),
     ),
     "captured without safetensors": Case(
         MissingExtraError,

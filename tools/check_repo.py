@@ -148,7 +148,8 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "selector": ("backend", "cli"),
     "strict": ("backend", "cli"),
     "attach": ("backend", "cli"),
-    "backend": ("cli",),
+    "backend": ("calibration", "cli"),
+    "calibration": ("cli",),
 }
 
 

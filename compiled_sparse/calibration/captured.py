@@ -54,6 +54,7 @@ class capture(VideoCalls):  # noqa: N801 - used like a function: with capture(..
         key: Which call of the model this is.
 
     Raises:
+        CalibrationError: at the end of the block, if no call is as long as the layout.
         MissingExtraError: if safetensors is not installed.
     """
 
@@ -70,6 +71,18 @@ class capture(VideoCalls):  # noqa: N801 - used like a function: with capture(..
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.key = key or CallKey()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Check that something was captured, where nothing else went wrong."""
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if kind is None and self.num_replaced == 0:
+            raise CalibrationError(
+                "nothing was captured",
+                got=f"no self-attention over grid {self.grid_thw} and {self.text}",
+                expected="calls of torch's scaled_dot_product_attention of this length, in eager "
+                "code",
+                next_step="correct grid_thw and text, and call the model without compiling it",
+            )
 
     def replace(
         self, call: dict[str, Any], keys: Tensor | None, queries: Tensor | None, layer: int
