@@ -5,6 +5,7 @@ Nothing is rewritten: the model computes what it computes without us, and hands 
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -22,12 +23,15 @@ from compiled_sparse.passes.decisions import dense_decision
 from compiled_sparse.passes.further_outputs import FurtherOutputs
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.layouts import SiteLayout
+from compiled_sparse.passes.layouts import specialized
 from compiled_sparse.passes.replacement import Replacement
 from compiled_sparse.passes.rewrite import SparseAttentionPass
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
 from compiled_sparse.passes.runtime_inputs import fake_mode_of
 from compiled_sparse.policy import Policy
 from compiled_sparse.report import Decision
+from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import requested
 
 
@@ -91,9 +95,14 @@ class ProbePass(SparseAttentionPass):
 
     def _process(self, case: Case, runtime: RuntimeInputs, outputs: FurtherOutputs) -> Decision:
         """Return what was decided about the first candidate that does not fit, or the first."""
+        if isinstance(case.layout, SiteLayout):
+            # What is said of the site holds for one grid: another one is another graph.
+            case = dataclasses.replace(case, layout=specialized(case.layout))
         replacements = []
         for candidate in self.probe.candidates:
-            wanted = requested(Policy({"*": candidate}), case.facts)
+            # Forced, as a module's own policy would outrank it otherwise.
+            sources = PolicySources(forced=Policy({"*": candidate}))
+            wanted = requested(sources, case.facts)
             outcome = self.evaluate(case, wanted, runtime)
             if not isinstance(outcome, Replacement):
                 return dense_decision(case.site, case.facts, outcome, wanted)

@@ -160,6 +160,32 @@ def test_a_call_that_a_candidate_does_not_fit_is_left_alone_and_named(
     assert "axes_mismatch" in caplog.text
 
 
+def test_a_modules_own_policy_does_not_change_what_is_measured() -> None:
+    model, inputs = dit(), dit_inputs()
+    _, ((_, expected),) = probed(model, *inputs)
+    torch._dynamo.reset()
+    cs.attach(model, cs.STA(window_thw=(1, 3, 1), tile_thw=TILE))
+    _, ((sites, found),) = probed(model, *inputs)
+    assert [site.densities for site in sites] == [(0.125, 1.0)] * 2
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-12)
+
+
+def test_grids_of_a_dynamic_model_are_told_apart() -> None:
+    model = TinyDiT(1).requires_grad_(False).eval()
+    seen: list[tuple[int, ...]] = []
+    probe = Probe(
+        candidates=(NARROW,), receive=lambda sites, _: seen.extend(s.grid_thw for s in sites)
+    )
+    options = {"policy": NARROW, "probe": probe, "inner": "eager"}
+    compiled = torch.compile(model, backend="compiled_sparse", options=options, dynamic=True)
+    grids = [(3, 4, 5), (2, 5, 7), (4, 3, 5), (3, 4, 5)]  # two of them of the same length
+    for grid in grids:
+        with torch.no_grad():
+            compiled(*dit_inputs(grid))
+    assert seen == grids
+
+
 def test_force_and_environment_do_not_change_what_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
