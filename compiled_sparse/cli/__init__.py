@@ -1,12 +1,13 @@
 """The command line: `compiled-sparse COMMAND`, one module for each command.
 
 Exit status 0 means that everything asked for happened, 1 that a check failed, 2 that the request
-could not be carried out.
+could not be carried out, 130 that it was interrupted, 141 that nobody read the output to its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -24,6 +25,8 @@ from compiled_sparse.errors import CompiledSparseError
 __all__ = ["build_parser", "main"]
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
+NO_READER = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except CompiledSparseError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
     return status
 
 
