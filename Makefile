@@ -94,6 +94,12 @@ format: $(DEV) ## rewrite what ruff can fix by itself
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# Nothing is fetched: the site is made of this tree and of what is installed.
+.PHONY: docs
+docs: $(DEV) ## build the documentation as a site into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
 .PHONY: bench
 bench: $(LIGHT) ## run the benchmarks and record their results
 	@$(PY) -m benchmarks $(ARGS)

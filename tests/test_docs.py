@@ -23,7 +23,9 @@ from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+API = DOCS / "api"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION = (
     ROOT / "README.md",
     *(
@@ -33,6 +35,8 @@ README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION 
 )
 MECHANISMS = ROOT / "docs" / "mechanisms.md"
 PLAN = ROOT / "docs" / "plan.md"
+RECIPES = DOCS / "recipes.md"  # its blocks are `py`, run by tests/models/test_recipes.py
+OTHER_LANGUAGES = {"sh", "toml"}
 
 
 @cache
@@ -41,6 +45,18 @@ def snippets(page: Path) -> list[tuple[int, str]]:
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def name_of(page: Path) -> str:
+    """Where a page is in the repository."""
+    return str(page.relative_to(ROOT))
+
+
+def languages(page: Path) -> list[str]:
+    """The languages of all fenced blocks of a page, however they are indented or quoted."""
+    fences = re.findall(r"^[ >]*(?:```|~~~)+ *(.*)$", page.read_text("utf-8"), re.MULTILINE)
+    assert not any(fences[1::2]), f"{page.name}: a block ends with something behind its fence"
+    return fences[::2]
 
 
 def execute(page: Path, line: int, source: str, namespace: dict[str, Any]) -> None:
@@ -61,9 +77,7 @@ def table_rows(page: Path, first_cell: str) -> list[tuple[str, ...]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=name_of)
 def test_every_snippet_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
@@ -74,6 +88,15 @@ def test_every_snippet_of_a_page_runs(
         execute(START, *snippets(START)[0], namespace)
     for line, source in snippets(page):
         execute(page, line, source, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_python_is_one_that_is_run(page: Path) -> None:
+    found = [language for language in languages(page) if language not in OTHER_LANGUAGES]
+    if page == RECIPES:
+        assert set(found) == {"py"}
+    else:
+        assert found == ["python"] * len(snippets(page))
 
 
 def test_the_readme_fits_one_screen_and_shows_six_lines_of_code() -> None:
@@ -88,7 +111,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
@@ -101,7 +124,14 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
-    assert all(f"(docs/{page.name})" in text for page in PAGES if page != README)
+    pages = {page for page in PAGES if page != README and page.parent != API} | {API / "index.md"}
+    assert {name for name in map(name_of, pages) if f"({name})" not in text} == set()
+
+
+def test_every_page_of_names_is_linked_from_their_first_page() -> None:
+    text = (API / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in PAGES if page.parent == API} - {"index.md"}
+    assert {name for name in pages if f"({name})" not in text} == set()
 
 
 def test_the_report_page_lists_every_reason_code_with_its_meaning() -> None:

@@ -41,8 +41,9 @@ class MaskSearch:
     """How far each candidate window takes the output of each head from full attention's.
 
     Args:
-        l2_loss: Mean squared differences by window, in tiles, each nested [steps][layers][heads].
-            Of two equal losses the window that stands first here counts as the smaller.
+        l2_loss: Mean squared differences by window, in tiles, each nested
+            `[steps][layers][heads]`. Of two equal losses the window that stands first here counts
+            as the smaller.
         l1_loss: Mean absolute differences of the same windows.
         origin: Where they are from, for errors.
 

@@ -42,7 +42,7 @@ class Strategy:
     """Which window each head of each layer has at each step.
 
     Args:
-        windows: Windows (T, H, W) in tiles, nested [steps][layers][heads], none left out.
+        windows: Windows (T, H, W) in tiles, nested `[steps][layers][heads]`, none left out.
 
     Raises:
         CalibrationError: if a list is empty, lengths differ, or a window is not made of three

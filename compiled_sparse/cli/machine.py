@@ -26,7 +26,7 @@ VARIABLES = (
 )
 """Environment variables that are read, those of docs/environment.md."""
 
-_FOR_DEVELOPERS = ("test", "dev")
+_FOR_DEVELOPERS = ("docs", "test", "dev")
 _REQUIREMENT = re.compile(r"""^([\w.-]+).*?(?:extra == ["']([\w-]+)["'].*)?$""")
 
 
