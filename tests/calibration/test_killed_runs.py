@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+CALLS = 150
 RUN = """
-import sys, torch
+import sys, time, torch
 sys.path.insert(0, {tests!r})
 from modules import TinyDiT, dit_inputs
 from compiled_sparse import calibration
@@ -20,18 +21,31 @@ from compiled_sparse.calibration import Call, CallKey
 
 torch.manual_seed(0)
 model, inputs = TinyDiT(2).requires_grad_(False).eval(), dit_inputs()
-print("ready", flush=True)
-calls = (Call(args=inputs, key=CallKey(step=step)) for step in range(30))
+calls = (Call(args=inputs, key=CallKey(step=step)) for step in range({calls}))
 candidates = ["sta:window_thw=1x1x1,tile_thw=2x3x2", "vsa:sparsity=0.5,tile_thw=2x3x2"]
-found = calibration.measure(model, calls, candidates, inner="eager", journal={journal!r})
+held = len(open({journal!r}).readlines()) - 1 if {resumed} else 0
+
+def done(key):
+    if key.step >= held:  # a call that was measured now
+        print("measured", flush=True)
+        time.sleep(0.01)
+
+settings = dict(inner="eager", journal={journal!r}, on_call=done)
+found = calibration.measure(model, calls, candidates, **settings)
 calibration.save_measurements(found, {output!r})
-policy = calibration.fit(found, max_error=0.3).policy
 """
 
 
 def command(folder: Path) -> list[str]:
-    paths = {name: str(folder / f"run.{name}") for name in ("journal", "output")}
-    return [sys.executable, "-c", RUN.format(tests=str(Path(__file__).parents[1]), **paths)]
+    journal = folder / "run.journal"
+    settings = {
+        "tests": str(Path(__file__).parents[1]),
+        "calls": CALLS,
+        "journal": str(journal),
+        "output": str(folder / "run.output"),
+        "resumed": journal.exists(),
+    }
+    return [sys.executable, "-c", RUN.format(**settings)]
 
 
 @pytest.mark.slow
@@ -42,16 +56,20 @@ def test_twenty_killed_runs_end_with_the_file_of_an_uninterrupted_one(tmp_path: 
         folder.mkdir()
     subprocess.run(command(whole), check=True, capture_output=True)
     moments = random.Random(0)
-    journal, lines = killed / "run.journal", []
-    for _ in range(20):
+    journal, lines = killed / "run.journal", [0]
+    for number in range(20):
         with subprocess.Popen(command(killed), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            process.stdout.readline()  # all is imported: what follows is the run
-            time.sleep(moments.uniform(0, 4))
+            if number % 4 == 3:  # while it starts, reads the journal and compiles
+                time.sleep(moments.uniform(0, 8))
+            else:
+                process.stdout.readline()
+                time.sleep(moments.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
         lines.append(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
-        assert lines == sorted(lines), "entries were lost"
+    assert lines == sorted(lines), "entries were lost"
+    assert len(set(lines)) > 10
+    assert lines[-1] <= CALLS, "the last run was not killed"
     subprocess.run(command(killed), check=True, capture_output=True)
     assert (killed / "run.output").read_bytes() == (whole / "run.output").read_bytes()
     assert journal.read_bytes() == (whole / "run.journal").read_bytes()
-    assert len(set(lines)) > 1, "every run was killed before it wrote anything"
