@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measured import measured
 
 from compiled_sparse import cli
 from compiled_sparse import config
 from compiled_sparse import registry
 from compiled_sparse import selector
+from compiled_sparse.calibration import save_measurements
 from compiled_sparse.config import STA
 from compiled_sparse.config import SWBA
 from compiled_sparse.environment import ALIASES
@@ -254,6 +256,32 @@ def plot_commands() -> list[str]:
 def test_a_plot_command_of_the_mechanisms_page_draws(command: str, tmp_path: Path) -> None:
     assert cli.main([*command.split(), "--output", str(tmp_path / "pattern.png")]) == 0
     assert (tmp_path / "pattern.png").stat().st_size > 10_000
+
+
+def report_page_plots() -> list[str]:
+    """The arguments of each plot command on the page of the report."""
+    return re.findall(r"^compiled-sparse (plot .*)$", REPORT.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", report_page_plots())
+def test_a_plot_command_of_the_report_page_draws_its_picture(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_measurements(measured(), "measured.json")
+    assert cli.main(command.split()) == 0
+    picture = command.split()[-1]
+    assert (tmp_path / picture).stat().st_size > 10_000
+    assert f"(images/{picture})" in REPORT.read_text("utf-8")
+    assert (REPORT.parent / "images" / picture).stat().st_size < 100_000
+
+
+def test_the_report_page_draws_an_order_a_policy_and_measurements() -> None:
+    assert [command.split()[1] for command in report_page_plots()] == [
+        "--order",
+        "--policy",
+        "--measurements",
+    ]
 
 
 def test_the_mechanisms_page_has_a_section_and_a_picture_of_every_mechanism() -> None:

@@ -51,6 +51,7 @@ from compiled_sparse.options import parse_options
 from compiled_sparse.planning import PlanRequest
 from compiled_sparse.planning import plan
 from compiled_sparse.policy import as_policy
+from compiled_sparse.policy_density import policy_density
 from compiled_sparse.presets import geometry
 from compiled_sparse.sparsity import num_selected
 from compiled_sparse.sparsity import truncated_top_k
@@ -63,6 +64,7 @@ MODULES = (
     "cli/compilers",
     "cli/mechanism",
     "cli/plan",
+    "cli/plot",
     "cli/tune",
     "config",
     "config_sla",
@@ -78,6 +80,7 @@ MODULES = (
     "layout",
     "options",
     "planning",
+    "policy_density",
     "presets",
     "registry",
     "sparsity",
@@ -904,6 +907,46 @@ CASES = {
         "or --grid, --heads and --head-dim",
         "--list shows all models",
         lambda: run_command("plan", "--model", "mochi-1", "--grid", "1", "2", "3"),
+    ),
+    "arguments of another picture": Case(
+        errors.ConfigError,
+        "these arguments are not for this picture",
+        "--query-tile, --window with --order",
+        "--grid, --tile",
+        "leave out --query-tile, --window",
+        lambda: run_command("plot", "--order", "--window", "1", "--query-tile", "1"),
+    ),
+    "a picture of too little": Case(
+        errors.ConfigError,
+        "this picture needs to know more of the model",
+        "--policy without --layers, --steps",
+        "--heads, --layers, --steps",
+        "add --layers N and --steps N",
+        lambda: run_command("plot", "--policy", "sta", "--heads", "2"),
+    ),
+    "densities of another grid": Case(
+        errors.ConfigError,
+        "the policy does not fit these calls",
+        "axes_mismatch (config has 3, grid has 2)",
+        "takes this grid",
+        "pass the grid and the heads of the model",
+        lambda: policy_density("sta", grid_thw=(8, 8), heads=1, layers=1, steps=1),
+    ),
+    "densities of one path": Case(
+        errors.ConfigError,
+        "do not tell one layer from another",
+        "'blocks'",
+        "{layer} in it",
+        "blocks.{layer}.attn1",
+        lambda: policy_density("sta", grid_thw=(8, 8), heads=1, layers=1, steps=1, paths="blocks"),
+    ),
+    "densities of other paths": Case(
+        errors.ConfigError,
+        "no rule of the policy that may make something sparse",
+        "rules for single.*; self calls at blocks.0.attn1 to blocks.1.attn1",
+        "a rule that matches some layer",
+        "pass the module paths of the model",
+        lambda: policy_density({"single.*": "sta"}, grid_thw=(8, 8, 8), heads=1, layers=2, steps=1),
     ),
     "two mechanisms": Case(
         errors.ConfigError,

@@ -9,6 +9,8 @@ and write the published files. See docs/calibration.md.
 
 from __future__ import annotations
 
+from compiled_sparse.calibration.by_density import ErrorsByDensity
+from compiled_sparse.calibration.by_density import errors_by_density
 from compiled_sparse.calibration.captured import capture
 from compiled_sparse.calibration.captured import measure_captured
 from compiled_sparse.calibration.fit import Fit
@@ -36,6 +38,7 @@ from compiled_sparse.calibration.tuning import tune_cfg
 __all__ = [
     "Call",
     "CallKey",
+    "ErrorsByDensity",
     "Fit",
     "MaskSearch",
     "Measurements",
@@ -44,6 +47,7 @@ __all__ = [
     "Strategy",
     "average",
     "capture",
+    "errors_by_density",
     "fit",
     "full_window_of",
     "load_measurements",

@@ -9,7 +9,7 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
 from compiled_sparse.errors import ConfigError
 
-Sides = tuple[int, int, int]
+Sides = tuple[int, ...]
 
 
 def add_mechanism_argument(parser: argparse.ArgumentParser) -> None:
