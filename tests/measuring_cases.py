@@ -192,6 +192,14 @@ CASES = {
         "sta:window_thw=3x3x3",
         measure(INPUT, candidates=()),
     ),
+    "calibration of no call": Case(
+        CalibrationError,
+        "this is no call of a model",
+        "dict",
+        "compiled_sparse.calibration.Call",
+        "[Call(args=",
+        lambda: calibration.measure(nn.Linear(2, 2), [{}], ["sta"]),  # type: ignore[list-item]
+    ),
     "calibration rows": Case(
         CalibrationError,
         "rows is not a count",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,44 @@ def test_a_recorded_pipeline_goes_on_where_it_was_broken_off(
     with calibration.recording(model, CANDIDATES, **settings) as found:
         pipe(cs.step_callback())
     assert found.measurements == whole.measurements
+
+
+def test_a_pipeline_with_a_compiled_transformer_is_recorded(model: nn.Module) -> None:
+    compiled: Any = torch.compile(model, backend="eager")
+    inputs = dit_inputs()
+    expected = compiled(*inputs)
+    with (
+        calibration.recording(compiled, CANDIDATES, inner="eager") as found,
+        cs.metadata(step=0),
+    ):
+        assert torch.equal(compiled(*inputs), expected)
+    assert len(found.measurements.layers) == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(*inputs), expected)
+
+
+def test_calls_of_several_threads_are_told_apart(model: nn.Module) -> None:
+    inputs = dit_inputs()
+
+    def run(step: int) -> None:
+        with cs.metadata(step=step):
+            model(*inputs)
+
+    with calibration.recording(model, CANDIDATES, inner="eager") as found:
+        threads = [threading.Thread(target=run, args=(step,)) for step in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [len(sites) for sites in found.measurements.calls.values()] == [2, 2, 2]
+
+
+def test_the_step_of_a_key_outranks_what_was_said_around_it(model: nn.Module) -> None:
+    table = cs.WindowTable(windows=((9, 9, 9), (1, 1, 1)), choice=(((0,),), ((1,),)))
+    candidate = cs.STA(window_thw=table, tile_thw=(2, 3, 2))
+    with cs.metadata(step=1):
+        found = calibration.measure(model, calls(1), [candidate], inner="eager")
+    assert float(found.mean("captured_mass").min()) == pytest.approx(1.0)
 
 
 def test_a_pipeline_whose_step_is_not_known_is_refused(model: nn.Module) -> None:
