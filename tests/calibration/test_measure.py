@@ -52,6 +52,17 @@ def test_every_call_layer_candidate_and_head_is_measured(model: nn.Module) -> No
     assert [config.describe() for config in found.candidates] == list(CANDIDATES)
 
 
+def test_a_fit_promises_what_the_report_of_its_policy_says(model: nn.Module) -> None:
+    found = calibration.fit(
+        calibration.measure(model, calls(1), CANDIDATES, inner="eager"), max_error=0.3
+    )
+    assert 0 < found.usage["dense"] < 4
+    report = cs.explain(model, *dit_inputs(), policy=found.policy)
+    sparse = [decision for decision in report.sites if decision.is_sparse]
+    assert [decision.density for decision in sparse] == pytest.approx([found.density] * 2)
+    assert [d.predicted_gain for d in sparse] == pytest.approx([found.predicted_gain] * 2)
+
+
 def test_a_compiled_model_and_its_cache_are_left_alone(model: nn.Module) -> None:
     compiled = torch.compile(model, backend="eager")
     inputs = dit_inputs()
