@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,11 @@ from compiled_sparse.calibration import Call
 from compiled_sparse.calibration import CallKey
 from compiled_sparse.calibration import Measurements
 from compiled_sparse.calibration import SiteErrors
+from compiled_sparse.calibration import results
 from compiled_sparse.calibration import search
+from compiled_sparse.calibration.documents import with_checksum
+from compiled_sparse.calibration.entries import open_entries
+from compiled_sparse.calibration.journal import Journal
 from compiled_sparse.calibration.offline import AttentionCall
 from compiled_sparse.calibration.offline import measure_call
 from compiled_sparse.calibration.run import _require_new
@@ -31,7 +36,10 @@ from compiled_sparse.errors import MissingExtraError
 MODULES = (
     *(
         f"calibration/{name}"
-        for name in ("captured", "fit", "measurements", "offline", "run", "search")
+        for name in (
+            *("captured", "entries", "fit", "measurements", "offline", "results", "run"),
+            "search",
+        )
     ),
     *(f"cli/{name}" for name in ("calibrate_run", "calibrate_search", "workload")),
 )
@@ -77,6 +85,22 @@ def record_without_a_step() -> None:
     model = nn.Linear(2, 2)
     with calibration.recording(model, ["sta"], inner="eager"):
         model(torch.zeros(1, 2))
+
+
+def load_an_empty_file(folder: Path) -> None:
+    path = folder / "a.json"
+    document = with_checksum({"format": results.FORMAT, "version": results.VERSION})
+    path.write_text(json.dumps(document))
+    calibration.load_measurements(path)
+
+
+def go_on_with_an_empty_entry(folder: Path) -> None:
+    path = folder / "journal"
+    header = {"candidates": [STA.to_dict()], "rows": 8}
+    with Journal.open(path, json.loads(json.dumps(header))) as journal:
+        journal.append(str(CallKey()), {})
+    with open_entries(path, (STA,), 8):
+        pass
 
 
 def measure_infinity() -> None:
@@ -140,6 +164,46 @@ CASES = {
         "1 rows of 1 numbers",
         "measure again",
         lambda: SiteErrors.from_dict({**site().to_dict(), "cosine": []}),
+    ),
+    "calibration site number": Case(
+        CalibrationError,
+        "holds no measurement of an attention call",
+        "densities ('a',)",
+        "finite numbers of at least 0",
+        "measure again",
+        lambda: SiteErrors.from_dict({**site().to_dict(), "densities": ["a"]}),
+    ),
+    "calibration site tiles": Case(
+        CalibrationError,
+        "holds no measurement of an attention call",
+        "0 tiles",
+        "1, one for each candidate",
+        "measure again",
+        lambda: SiteErrors.from_dict({**site().to_dict(), "tiles": []}),
+    ),
+    "calibration of other candidates": Case(
+        CalibrationError,
+        "these are measurements of other candidates",
+        "2 candidates, figures of [1]",
+        "figures of each candidate",
+        "measure again",
+        lambda: Measurements(candidates=(STA, VSA), calls={CallKey(): (site(),)}),
+    ),
+    "calibration file of something else": Case(
+        CalibrationError,
+        "not a compiled_sparse measurements that can be used",
+        "a.json: KeyError: 'candidates'",
+        "what save_measurements wrote",
+        "or write it again",
+        in_folder(load_an_empty_file),
+    ),
+    "calibration journal of something else": Case(
+        CalibrationError,
+        "not a journal that can be used",
+        "journal, line 2: KeyError: 'sites'",
+        "what a calibration wrote",
+        "or write it again",
+        in_folder(go_on_with_an_empty_entry),
     ),
     "calibration of nothing": Case(
         CalibrationError,

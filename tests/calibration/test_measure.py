@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from compiled_sparse.calibration import Call
 from compiled_sparse.calibration import CallKey
 from compiled_sparse.calibration import Measurements
 from compiled_sparse.calibration import SiteErrors
+from compiled_sparse.calibration.documents import with_checksum
 from compiled_sparse.errors import CalibrationError
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -30,6 +32,29 @@ CANDIDATES = ("sta:window_thw=1x1x1,tile_thw=2x3x2", "sta:window_thw=3x1x1,tile_
 @pytest.fixture
 def model() -> nn.Module:
     return TinyDiT(2).requires_grad_(False).eval()
+
+
+MADE_UP = Measurements(
+    candidates=(cs.VSA(sparsity=0.5),),
+    calls={
+        CallKey(): (
+            SiteErrors(
+                path="attn",
+                kind="self",
+                grid_thw=(2, 2, 2),
+                text=(0, 0),
+                head_dim=8,
+                densities=(0.5,),
+                tiles=((1, 1, 1),),
+                squared_dense=(1.0,),
+                squared_error=((0.5,),),
+                absolute_error=((0.5,),),
+                cosine=((-0.5,),),
+                captured_mass=((0.5,),),
+            ),
+        )
+    },
+)
 
 
 def calls(number: int = 3) -> list[Call]:
@@ -101,6 +126,28 @@ def test_measurements_are_files_and_back(model: nn.Module, tmp_path: Path) -> No
     assert again.read_bytes() == path.read_bytes()
     path.write_text(path.read_text().replace("0.", "1.", 1))
     with pytest.raises(CalibrationError, match="checksum"):
+        calibration.load_measurements(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"candidates": []},
+        {"candidates": 5},
+        {"calls": []},
+        {"calls": {"0/positive/0": 5}},
+        {"calls": {"zero": []}},
+        {"calls": {"0/positive/0": [{"path": "x"}]}},
+    ],
+    ids=str,
+)
+def test_a_file_of_another_form_with_its_checksum_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "edited.json"
+    calibration.save_measurements(MADE_UP, path)
+    path.write_text(json.dumps(with_checksum({**json.loads(path.read_text()), **changes})))
+    with pytest.raises(CalibrationError, match=r"edited\.json"):
         calibration.load_measurements(path)
 
 
