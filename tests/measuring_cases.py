@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from calibration_cases import in_folder
 from messages import Case
+from safetensors.torch import save_file
 from torch import nn
 
 import compiled_sparse as cs
@@ -20,6 +21,7 @@ from compiled_sparse.calibration import Call
 from compiled_sparse.calibration import CallKey
 from compiled_sparse.calibration import Measurements
 from compiled_sparse.calibration import SiteErrors
+from compiled_sparse.calibration import captured
 from compiled_sparse.calibration import results
 from compiled_sparse.calibration import search
 from compiled_sparse.calibration.documents import with_checksum
@@ -123,6 +125,24 @@ def measure_a_foreign_file(folder: Path) -> None:
     calibration.measure_captured(folder, ["sta"])
 
 
+def captured_file(folder: Path, name: str, length: int) -> None:
+    q = torch.zeros(1, 1, length, 4)
+    about = captured._About(layer=0, key=CallKey(), grid_thw=TILE, text=(0, 0), scale=None)
+    tensors = {letter: q.clone() for letter in "qkv"}
+    save_file(tensors, folder / f"{name}.safetensors", about.to_metadata())
+
+
+def measure_a_shorter_call(folder: Path) -> None:
+    captured_file(folder, "a", 7)
+    calibration.measure_captured(folder, ["sta"])
+
+
+def measure_a_call_twice(folder: Path) -> None:
+    captured_file(folder, "a", 8)
+    captured_file(folder, "b", 8)
+    calibration.measure_captured(folder, ["sta"])
+
+
 def run(*arguments: str) -> Callable[[], object]:
     """Run a command without catching its errors."""
 
@@ -172,6 +192,14 @@ CASES = {
         "finite numbers of at least 0",
         "measure again",
         lambda: SiteErrors.from_dict({**site().to_dict(), "densities": ["a"]}),
+    ),
+    "calibration site layer": Case(
+        CalibrationError,
+        "holds no measurement of an attention call",
+        "layer 3 of 2",
+        "an index below the number",
+        "measure again",
+        lambda: SiteErrors.from_dict({**site().to_dict(), "layer": 3, "num_layers": 2}),
     ),
     "calibration site tiles": Case(
         CalibrationError,
@@ -343,6 +371,22 @@ CASES = {
         "tensors q, k and v",
         "capture it again",
         in_folder(measure_a_foreign_file),
+    ),
+    "captured another shape": Case(
+        CalibrationError,
+        "holds no captured attention call",
+        "(1, 1, 7, 4), (1, 1, 7, 4), (1, 1, 7, 4) for grid (2, 2, 2)",
+        "tensors q, k and v of one call",
+        "capture it again",
+        in_folder(measure_a_shorter_call),
+    ),
+    "captured twice": Case(
+        CalibrationError,
+        "holds no captured attention call",
+        "layer 0 of 0/positive/0, as in a.safetensors",
+        "once in a folder",
+        "remove it from the folder",
+        in_folder(measure_a_call_twice),
     ),
     "captured no call": Case(
         CalibrationError,

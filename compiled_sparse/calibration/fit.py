@@ -73,10 +73,9 @@ def fit(
 
     Raises:
         CalibrationError: if not one of the targets is given or it is out of range, the gain cannot
-            be reached with these candidates, a step was not measured, or candidates cannot be
-            put in one policy.
+            be reached with these candidates, or candidates cannot be put in one policy.
     """
-    _check_targets(max_error, min_gain, dense_first_steps)
+    check_targets(max_error, min_gain, dense_first_steps)
     by_head = all(isinstance(config, STA) for config in measurements.candidates)
     errors = measurements.mean("relative_squared_error")
     free = [i for i, step in enumerate(measurements.steps) if step >= dense_first_steps]
@@ -115,7 +114,12 @@ def fit(
     )
 
 
-def _check_targets(max_error: Any, min_gain: Any, dense_first_steps: Any) -> None:
+def check_targets(max_error: Any, min_gain: Any, dense_first_steps: Any) -> None:
+    """Check what `fit` is asked for, before anything is measured for it.
+
+    Raises:
+        CalibrationError: if not one of the targets is given, or a value is out of range.
+    """
     in_range = (max_error is None or max_error >= 0) and (min_gain is None or min_gain >= 1)
     if (max_error is None) == (min_gain is None) or not in_range:
         raise CalibrationError(
@@ -233,19 +237,31 @@ def _window_policy(
     if not any(index != DENSE for index in choices.chosen):
         return Policy({"*": "dense"})
     windows, tile = _window_palette(measurements)
-    layers, heads = len(measurements.layers), measurements.layers[0].num_heads
-    table = [
-        [[len(windows) - 1] * heads for _ in range(layers)] for _ in range(measurements.num_steps)
-    ]
+    heads, (numbers, num_layers) = measurements.layers[0].num_heads, _layer_numbers(measurements)
+    dense = [len(windows) - 1] * heads
+    table = [[dense for _ in range(num_layers)] for _ in range(measurements.num_steps)]
     chosen = iter(choices.chosen)
     for position in free:
-        for layer in range(layers):
+        for layer in numbers:
             row = [next(chosen) for _ in range(heads)]
             table[measurements.steps[position]][layer] = [i % len(windows) for i in row]
     is_same = all(rows == table[-1] for rows in table[dense_first_steps:])
     choice = [table[-1]] if is_same else table
     config = STA(window_thw=WindowTable(windows=windows, choice=choice), tile_thw=tile)  # type: ignore[arg-type]
     return Policy({"*": config}, dense_first_steps=dense_first_steps)
+
+
+def _layer_numbers(measurements: Measurements) -> tuple[list[int], int]:
+    """Return the row of each measured call in a table, and how many rows there are.
+
+    Where it is not known which layers were left out, none was.
+    """
+    sites = measurements.layers
+    numbers, totals = {site.layer for site in sites}, {site.num_layers for site in sites}
+    total = sites[0].num_layers
+    if None in numbers or total is None or len(totals) != 1 or len(numbers) != len(sites):
+        return list(range(len(sites))), len(sites)
+    return [site.layer for site in sites if site.layer is not None], total
 
 
 def _window_palette(

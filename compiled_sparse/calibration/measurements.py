@@ -87,6 +87,9 @@ class SiteErrors:
         cosine: Cosine of the outputs taken as one vector, likewise.
         captured_mass: Mean share of dense attention's weights on the keys attended to, likewise,
             from the log-sum-exp at evenly spread rows.
+        layer: Index among the video attention layers of the model, those that were not measured
+            included; None where not known.
+        num_layers: How many such layers the model has, likewise.
     """
 
     path: str
@@ -101,6 +104,8 @@ class SiteErrors:
     absolute_error: Rows
     cosine: Rows
     captured_mass: Rows
+    layer: int | None = None
+    num_layers: int | None = None
 
     @staticmethod
     def from_sums(site: ProbedSite, sums: Tensor) -> SiteErrors:
@@ -134,6 +139,8 @@ class SiteErrors:
             head_dim=site.head_dim,
             densities=tuple(map(_rounded, site.densities)),
             tiles=site.tiles,
+            layer=site.layer,
+            num_layers=site.num_layers,
             squared_dense=tuple(map(_rounded, squared_dense.tolist())),
             **{name: _rows(values) for name, values in means.items()},
         )
@@ -169,6 +176,10 @@ class SiteErrors:
             if not _is_nested(getattr(site, name), holds):
                 raise _no_site(f"{name} {getattr(site, name)!r}", expected)
         shape = (len(site.densities), site.num_heads)
+        if not _is_layer(site.layer, site.num_layers):
+            raise _no_site(
+                f"layer {site.layer!r} of {site.num_layers!r}", "an index below the number"
+            )
         if len(site.tiles) != shape[0]:
             raise _no_site(f"{len(site.tiles)} tiles", f"{shape[0]}, one for each candidate")
         for name in _PER_CANDIDATE:
@@ -278,7 +289,7 @@ def _figure(site: SiteErrors, name: str) -> Tensor:
 
 
 def _identity(site: SiteErrors) -> tuple[Any, ...]:
-    return site.path, site.num_heads, site.grid_thw, site.tiles
+    return site.path, site.num_heads, site.grid_thw, site.tiles, site.layer, site.num_layers
 
 
 def _is_nested(value: object, holds: Callable[[Any], bool]) -> bool:
@@ -292,6 +303,12 @@ def _is_finite(value: Any) -> bool:
 
 def _is_amount(value: Any) -> bool:
     return _is_finite(value) and value >= 0
+
+
+def _is_layer(layer: object, total: object) -> bool:
+    known: list[Any] = [value for value in (layer, total) if value is not None]
+    counts = [value for value in known if is_count(value, least=0)]
+    return counts == known and (len(known) < 2 or counts[0] < counts[1])
 
 
 _AMOUNTS = (_is_amount, "finite numbers of at least 0")

@@ -49,6 +49,8 @@ class ProbedSite:
         head_dim: Head size.
         densities: Fraction of (query, key) pairs each candidate attends to.
         tiles: Tile sides of each candidate on this grid.
+        layer: Index among the video attention layers of the model; None where not known.
+        num_layers: How many such layers the model has, likewise.
     """
 
     path: str
@@ -59,6 +61,8 @@ class ProbedSite:
     head_dim: int
     densities: tuple[float, ...]
     tiles: tuple[tuple[int, ...], ...]
+    layer: int | None = None
+    num_layers: int | None = None
 
 
 Receive = Callable[[Sequence[ProbedSite], Sequence[torch.Tensor]], None]
@@ -142,6 +146,8 @@ def _probed_site(case: Case, replacements: list[Replacement]) -> ProbedSite:
         head_dim=hint(query.shape[3]),
         densities=tuple(each.chosen.density for each in replacements),
         tiles=tuple(each.chosen.tile for each in replacements),
+        layer=case.facts.layer,
+        num_layers=case.facts.num_layers,
     )
 
 

@@ -98,6 +98,16 @@ def test_a_step_that_nobody_measured_stays_dense() -> None:
     assert config.window_thw.row(2, 0) == ((1, 1, 1),) * 2
 
 
+def test_layers_that_were_not_measured_have_dense_rows() -> None:
+    sites = tuple(site(f"{i}", EASY, layer=i, num_layers=3) for i in (0, 2))
+    ((_, config),) = fit(measurements(WINDOWS, sites), max_error=1.0).policy.rules
+    assert isinstance(config, cs.STA)
+    table = config.window_thw
+    assert isinstance(table, WindowTable)
+    narrow, full = ((1, 1, 1),) * 2, ((2, 2, 2),) * 2
+    assert [table.row(0, layer) for layer in range(table.num_layers)] == [narrow, full, narrow]
+
+
 def test_a_table_with_too_few_sparse_heads_does_not_pay_and_is_dense() -> None:
     one_easy = [[0.01, 0.9, 0.9, 0.9, 0.9, 0.9], [0.0, 0.9, 0.9, 0.9, 0.9, 0.9]]
     found = fit(measurements(WINDOWS, (site("a", one_easy),)), max_error=0.1)

@@ -336,3 +336,8 @@ def test_text_and_grid_of_a_call_reach_the_pass() -> None:
     found = calibration.measure(Plain(), [call], CANDIDATES, inner="eager")
     assert (found.layers[0].grid_thw, found.layers[0].text) == (GRID, (0, 5))
     assert found.layers[0].kind == "joint"
+
+
+def test_layers_are_counted_with_those_that_are_not_measured(model: nn.Module) -> None:
+    found = calibration.measure(model, calls(1), CANDIDATES, inner="eager")
+    assert [(site.layer, site.num_layers) for site in found.layers] == [(0, 2), (1, 2)]
