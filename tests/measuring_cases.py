@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from unittest import mock
 import torch
 from calibration_cases import in_folder
 from messages import Case
+from safetensors.torch import save_file
 from torch import nn
 
 import compiled_sparse as cs
@@ -19,7 +21,12 @@ from compiled_sparse.calibration import Call
 from compiled_sparse.calibration import CallKey
 from compiled_sparse.calibration import Measurements
 from compiled_sparse.calibration import SiteErrors
+from compiled_sparse.calibration import captured
+from compiled_sparse.calibration import results
 from compiled_sparse.calibration import search
+from compiled_sparse.calibration.documents import with_checksum
+from compiled_sparse.calibration.entries import open_entries
+from compiled_sparse.calibration.journal import Journal
 from compiled_sparse.calibration.offline import AttentionCall
 from compiled_sparse.calibration.offline import measure_call
 from compiled_sparse.calibration.run import _require_new
@@ -31,7 +38,10 @@ from compiled_sparse.errors import MissingExtraError
 MODULES = (
     *(
         f"calibration/{name}"
-        for name in ("captured", "fit", "measurements", "offline", "run", "search")
+        for name in (
+            *("captured", "entries", "fit", "measurements", "offline", "results", "run"),
+            "search",
+        )
     ),
     *(f"cli/{name}" for name in ("calibrate_run", "calibrate_search", "workload")),
 )
@@ -79,6 +89,22 @@ def record_without_a_step() -> None:
         model(torch.zeros(1, 2))
 
 
+def load_an_empty_file(folder: Path) -> None:
+    path = folder / "a.json"
+    document = with_checksum({"format": results.FORMAT, "version": results.VERSION})
+    path.write_text(json.dumps(document))
+    calibration.load_measurements(path)
+
+
+def go_on_with_an_empty_entry(folder: Path) -> None:
+    path = folder / "journal"
+    header = {"candidates": [STA.to_dict()], "rows": 8}
+    with Journal.open(path, json.loads(json.dumps(header))) as journal:
+        journal.append(str(CallKey()), {})
+    with open_entries(path, (STA,), 8):
+        pass
+
+
 def measure_infinity() -> None:
     q = torch.full((1, 1, 8, 4), torch.inf)
     measure_call(AttentionCall(q=q, k=q, v=q, grid_thw=TILE), (STA,), 4)
@@ -96,6 +122,24 @@ def capture_nothing(folder: Path) -> None:
 
 def measure_a_foreign_file(folder: Path) -> None:
     (folder / "a.safetensors").write_bytes(b"0")
+    calibration.measure_captured(folder, ["sta"])
+
+
+def captured_file(folder: Path, name: str, length: int) -> None:
+    q = torch.zeros(1, 1, length, 4)
+    about = captured._About(layer=0, key=CallKey(), grid_thw=TILE, text=(0, 0), scale=None)
+    tensors = {letter: q.clone() for letter in "qkv"}
+    save_file(tensors, folder / f"{name}.safetensors", about.to_metadata())
+
+
+def measure_a_shorter_call(folder: Path) -> None:
+    captured_file(folder, "a", 7)
+    calibration.measure_captured(folder, ["sta"])
+
+
+def measure_a_call_twice(folder: Path) -> None:
+    captured_file(folder, "a", 8)
+    captured_file(folder, "b", 8)
     calibration.measure_captured(folder, ["sta"])
 
 
@@ -140,6 +184,54 @@ CASES = {
         "1 rows of 1 numbers",
         "measure again",
         lambda: SiteErrors.from_dict({**site().to_dict(), "cosine": []}),
+    ),
+    "calibration site number": Case(
+        CalibrationError,
+        "holds no measurement of an attention call",
+        "densities ('a',)",
+        "finite numbers of at least 0",
+        "measure again",
+        lambda: SiteErrors.from_dict({**site().to_dict(), "densities": ["a"]}),
+    ),
+    "calibration site layer": Case(
+        CalibrationError,
+        "holds no measurement of an attention call",
+        "layer 3 of 2",
+        "an index below the number",
+        "measure again",
+        lambda: SiteErrors.from_dict({**site().to_dict(), "layer": 3, "num_layers": 2}),
+    ),
+    "calibration site tiles": Case(
+        CalibrationError,
+        "holds no measurement of an attention call",
+        "0 tiles",
+        "1, one for each candidate",
+        "measure again",
+        lambda: SiteErrors.from_dict({**site().to_dict(), "tiles": []}),
+    ),
+    "calibration of other candidates": Case(
+        CalibrationError,
+        "these are measurements of other candidates",
+        "2 candidates, figures of [1]",
+        "figures of each candidate",
+        "measure again",
+        lambda: Measurements(candidates=(STA, VSA), calls={CallKey(): (site(),)}),
+    ),
+    "calibration file of something else": Case(
+        CalibrationError,
+        "not a compiled_sparse measurements that can be used",
+        "a.json: KeyError: 'candidates'",
+        "what save_measurements wrote",
+        "or write it again",
+        in_folder(load_an_empty_file),
+    ),
+    "calibration journal of something else": Case(
+        CalibrationError,
+        "not a journal that can be used",
+        "journal, line 2: KeyError: 'sites'",
+        "what a calibration wrote",
+        "or write it again",
+        in_folder(go_on_with_an_empty_entry),
     ),
     "calibration of nothing": Case(
         CalibrationError,
@@ -191,6 +283,14 @@ CASES = {
         "at least one mechanism, each once",
         "sta:window_thw=3x3x3",
         measure(INPUT, candidates=()),
+    ),
+    "calibration of no call": Case(
+        CalibrationError,
+        "this is no call of a model",
+        "dict",
+        "compiled_sparse.calibration.Call",
+        "[Call(args=",
+        lambda: calibration.measure(nn.Linear(2, 2), [{}], ["sta"]),  # type: ignore[list-item]
     ),
     "calibration rows": Case(
         CalibrationError,
@@ -271,6 +371,22 @@ CASES = {
         "tensors q, k and v",
         "capture it again",
         in_folder(measure_a_foreign_file),
+    ),
+    "captured another shape": Case(
+        CalibrationError,
+        "holds no captured attention call",
+        "(1, 1, 7, 4), (1, 1, 7, 4), (1, 1, 7, 4) for grid (2, 2, 2)",
+        "tensors q, k and v of one call",
+        "capture it again",
+        in_folder(measure_a_shorter_call),
+    ),
+    "captured twice": Case(
+        CalibrationError,
+        "holds no captured attention call",
+        "layer 0 of 0/positive/0, as in a.safetensors",
+        "once in a folder",
+        "remove it from the folder",
+        in_folder(measure_a_call_twice),
     ),
     "captured no call": Case(
         CalibrationError,

@@ -8,6 +8,7 @@ uint8; the rest is metadata. Files of your own need the same.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled_sparse.calibration.entries import open_entries
+from compiled_sparse.calibration.mask_search import name_of_prompt
 from compiled_sparse.calibration.measurements import CallKey
 from compiled_sparse.calibration.measurements import Measurements
 from compiled_sparse.calibration.offline import AttentionCall
@@ -35,6 +37,7 @@ from compiled_sparse.reference.video_calls import VideoCalls
 
 FORMAT = "compiled_sparse captured attention"
 VERSION = 1
+NUM_DIMS = 4
 _SUFFIX = ".safetensors"
 
 
@@ -159,7 +162,7 @@ class _About:
 
     @property
     def file_name(self) -> str:
-        sample = "".join(c if c.isalnum() or c in "-_" else "_" for c in self.key.sample)
+        sample = name_of_prompt(self.key.sample)
         return f"{sample}_{self.key.branch}_step{self.key.step:03}_layer{self.layer:03}{_SUFFIX}"
 
     def to_metadata(self) -> dict[str, str]:
@@ -185,7 +188,9 @@ def _files_of(directory: Path) -> dict[CallKey, list[Path]]:
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
         with _opened(path) as (_, about):
             pass
-        found.setdefault(about.key, {})[about.layer] = path
+        same = found.setdefault(about.key, {}).setdefault(about.layer, path)
+        if same != path:
+            raise _no_call(path, f"layer {about.layer} of {about.key}, as in {same.name}")
     incomplete = [key for key, layers in found.items() if set(layers) != set(range(len(layers)))]
     if not found or incomplete:
         raise CalibrationError(
@@ -203,7 +208,7 @@ def _load(path: Path, device: str | torch.device) -> AttentionCall:
         has_mask = "key_mask" in file.keys()  # noqa: SIM118 - it is no mapping
         q, k, v = (file.get_tensor(name) for name in "qkv")
         mask = file.get_tensor("key_mask").bool() if has_mask else None
-    return AttentionCall(
+    call = AttentionCall(
         q=q,
         k=k,
         v=v,
@@ -214,6 +219,27 @@ def _load(path: Path, device: str | torch.device) -> AttentionCall:
         step=about.key.step,
         layer=about.layer,
         path=f"layer.{about.layer}",
+    )
+    if not _fits(call):
+        shapes = ", ".join(
+            str(tuple(tensor.shape)) for tensor in (q, k, v, mask) if tensor is not None
+        )
+        raise _no_call(path, f"{shapes} for grid {call.grid_thw} and {call.text}")
+    return call
+
+
+def _fits(call: AttentionCall) -> bool:
+    """Whether the tensors are of one call over the grid and the text."""
+    length = math.prod(call.grid_thw) + call.text.before + call.text.after
+    q, k, mask = call.q, call.k, call.key_mask
+    return (
+        q.dim() == k.dim() == NUM_DIMS
+        and k.shape[:3] == call.v.shape[:3]
+        and (q.shape[0], length, q.shape[3]) == (k.shape[0], k.shape[2], k.shape[3])
+        and q.shape[2] == length
+        and q.shape[1] % max(1, k.shape[1]) == 0
+        and q.dtype == k.dtype == call.v.dtype
+        and (mask is None or mask.shape == (q.shape[0], length))
     )
 
 
@@ -231,10 +257,15 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[An
             found = f"format {seen[0]!r}, version {seen[1]!r}"
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         found = f"{type(error).__name__}: {error}"
-    raise CalibrationError(
+    raise _no_call(path, found)
+
+
+def _no_call(path: Path, found: str) -> CalibrationError:
+    return CalibrationError(
         "a file holds no captured attention call",
         got=f"{path}: {found}",
-        expected=f"tensors q, k and v, and metadata of {FORMAT!r}, version {VERSION}",
+        expected=f"tensors q, k and v of one call, once in a folder, and metadata of {FORMAT!r}, "
+        f"version {VERSION}",
         next_step="capture it again, or remove it from the folder",
     )
 

@@ -13,6 +13,7 @@ from compiled_sparse.calibration.files import canonical_json
 from compiled_sparse.config import is_count
 from compiled_sparse.config import read_text
 from compiled_sparse.errors import CalibrationError
+from compiled_sparse.errors import CompiledSparseError
 
 
 def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
@@ -85,6 +86,13 @@ def refusal(
         expected=expected,
         next_step="check the path, take the file from where it was written, or write it again",
     )
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line what is wrong with a content whose reading raised."""
+    if isinstance(error, CompiledSparseError):
+        return f"{error.problem}: {error.got}"
+    return f"{type(error).__name__}: {error}"
 
 
 def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from compiled_sparse.calibration.documents import reason_of
+from compiled_sparse.calibration.documents import refusal
 from compiled_sparse.calibration.journal import Journal
 from compiled_sparse.calibration.measurements import CallKey
 from compiled_sparse.calibration.measurements import SiteErrors
@@ -21,15 +23,14 @@ class Entries:
 
     Args:
         journal: Where they are written as they come; None for nowhere.
+        held: What it holds already.
     """
 
-    def __init__(self, journal: Journal | None = None) -> None:
+    def __init__(
+        self, journal: Journal | None = None, held: Mapping[CallKey, Sites] | None = None
+    ) -> None:
         self._journal = journal
-        held: Iterable[tuple[str, Any]] = () if journal is None else journal.entries()
-        self._calls: dict[CallKey, Sites] = {
-            CallKey.parse(key): tuple(map(SiteErrors.from_dict, body["sites"]))
-            for key, body in held
-        }
+        self._calls: dict[CallKey, Sites] = dict(held or {})
 
     @property
     def keys(self) -> tuple[CallKey, ...]:
@@ -70,4 +71,16 @@ def open_entries(
         return
     header = {"candidates": [config.to_dict() for config in candidates], "rows": rows}
     with Journal.open(path, header) as journal:
-        yield Entries(journal)
+        yield Entries(journal, _read(Path(path), journal))
+
+
+def _read(path: Path, journal: Journal) -> dict[CallKey, Sites]:
+    """Return what a journal holds, whose lines are whole."""
+    held: dict[CallKey, Sites] = {}
+    for line, (key, body) in enumerate(journal.entries(), start=2):  # the header is the first
+        try:
+            held[CallKey.parse(key)] = tuple(map(SiteErrors.from_dict, body["sites"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            expected = "what a calibration wrote"
+            raise refusal(path, "journal", reason_of(error), expected, line) from None
+    return held

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compiled_sparse.calibration.frontier import DENSE
 from compiled_sparse.calibration.frontier import Choices
 from compiled_sparse.calibration.frontier import Place
+from compiled_sparse.calibration.frontier import Point
 from compiled_sparse.calibration.frontier import choose
 from compiled_sparse.calibration.measurements import Measurements
 from compiled_sparse.config import STA
@@ -58,7 +61,9 @@ def fit(
     Windows of sliding tile attention are chosen for each step, layer and head, and become a table
     of windows; other mechanisms for each layer, over all steps and heads, and become rules for
     module paths. Chosen is what saves most time for the error it adds, until the target is met. The
-    time is predicted from the density, as in reports; the error is what was measured.
+    time is predicted from the density, as in reports: in a table, heads with the full window take
+    longer than dense attention does, so that a few sparse heads alone are not worth it. The error
+    is what was measured.
 
     Args:
         measurements: What `measure` or `recording` returned.
@@ -68,23 +73,25 @@ def fit(
 
     Raises:
         CalibrationError: if not one of the targets is given or it is out of range, the gain cannot
-            be reached with these candidates, a step was not measured, or candidates cannot be
-            put in one policy.
+            be reached with these candidates, or candidates cannot be put in one policy.
     """
-    _check_targets(max_error, min_gain, dense_first_steps)
+    check_targets(max_error, min_gain, dense_first_steps)
     by_head = all(isinstance(config, STA) for config in measurements.candidates)
     errors = measurements.mean("relative_squared_error")
     free = [i for i, step in enumerate(measurements.steps) if step >= dense_first_steps]
-    places = _places(measurements, errors[free], by_head=by_head)
+    active = _active(measurements, free)
+    places = _places(measurements, errors[free] * active[:, None, :, None], active, by_head=by_head)
     # Dense steps are places, too: they weigh in every mean, and have no alternative.
     share = len(free) / errors.shape[0]
     choices = choose(
         places,
         max_error=None if max_error is None else max_error**2 / share if share else 0.0,
-        max_cost=None if min_gain is None else _cost_of_rest(1 / min_gain, share),
+        max_cost=None if min_gain is None else _max_cost(1 / min_gain, share, by_head=by_head),
     )
-    reached = choices.curve[choices.taken - 1]
-    gain = 1 / (1 - share + share * reached.cost)
+    gains = [1 / (1 - share + share * _time(p, by_head=by_head)) for p in choices.curve]
+    if gains[choices.taken - 1] <= 1:  # a few sparse heads do not pay for the table
+        choices = dataclasses.replace(choices, chosen=(DENSE,) * len(places), taken=1)
+    reached, gain = choices.curve[choices.taken - 1], gains[choices.taken - 1]
     if min_gain is not None and gain < min_gain * (1 - 1e-9):
         raise CalibrationError(
             "these candidates cannot be as fast as that",
@@ -96,17 +103,23 @@ def fit(
     return Fit(
         policy=make(measurements, choices, free, dense_first_steps),
         relative_error=math.sqrt(share * max(reached.error, 0.0)),
-        density=1 - share + share * _density(measurements, choices, len(places)),
+        density=1 - share + share * _density(measurements, choices, active, len(places)),
         predicted_gain=gain,
         curve=tuple(
-            (1 / (1 - share + share * point.cost), math.sqrt(share * max(point.error, 0.0)))
-            for point in choices.curve
+            (gain, math.sqrt(share * max(point.error, 0.0)))
+            for number, (gain, point) in enumerate(zip(gains, choices.curve, strict=True))
+            if number == 0 or gain > 1
         ),
         usage=_usage(measurements, choices),
     )
 
 
-def _check_targets(max_error: Any, min_gain: Any, dense_first_steps: Any) -> None:
+def check_targets(max_error: Any, min_gain: Any, dense_first_steps: Any) -> None:
+    """Check what `fit` is asked for, before anything is measured for it.
+
+    Raises:
+        CalibrationError: if not one of the targets is given, or a value is out of range.
+    """
     in_range = (max_error is None or max_error >= 0) and (min_gain is None or min_gain >= 1)
     if (max_error is None) == (min_gain is None) or not in_range:
         raise CalibrationError(
@@ -124,42 +137,76 @@ def _check_targets(max_error: Any, min_gain: Any, dense_first_steps: Any) -> Non
         )
 
 
-def _cost_of_rest(wanted: float, share: float) -> float:
-    """Cost of the free steps at which all steps together cost what is wanted."""
-    return (wanted - (1 - share)) / share if share else 1.0
+def _active(measurements: Measurements, free: list[int]) -> Tensor:
+    """1 at the steps where a candidate is sparse, and 0 where its own schedule keeps it dense.
+
+    Returns:
+        float64 [free steps, candidates].
+    """
+    firsts = [config.dense_first_steps for config in measurements.candidates]
+    rows = [[float(measurements.steps[i] >= first) for first in firsts] for i in free]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(free), len(firsts))
 
 
-def _places(measurements: Measurements, errors: Tensor, *, by_head: bool) -> list[Place]:
+def _max_cost(wanted: float, share: float, *, by_head: bool) -> float:
+    """Cost of the free steps at which all steps together take the time that is wanted."""
+    rest = (wanted - (1 - share)) / share if share else 1.0
+    return rest * KERNEL_EFFICIENCY if by_head and rest < 1 else rest
+
+
+def _time(point: Point, *, by_head: bool) -> float:
+    """Time of the free steps, in that of dense attention.
+
+    Heads of a table share the kernel: its full window costs more than dense attention does.
+    """
+    is_table = by_head and point.cost < 1
+    return point.cost / KERNEL_EFFICIENCY if is_table else point.cost
+
+
+def _places(
+    measurements: Measurements, errors: Tensor, active: Tensor, *, by_head: bool
+) -> list[Place]:
     """Places in the order steps, layers, heads; or layers alone.
 
     Args:
         measurements: For the densities.
         errors: [steps, layers, candidates, heads].
-        by_head: Whether each step and head is a place.
+        active: As from `_active`.
+        by_head: Whether each step and head is a place; its costs are densities then.
     """
-    costs = [[_cost(density) for density in site.densities] for site in measurements.layers]
+    if not len(errors):
+        return []
     if not by_head:
-        of_layers = errors.mean((0, 3)).tolist() if len(errors) else []
-        return [Place(costs[layer], row) for layer, row in enumerate(of_layers)]
+        shares = active.mean(0).tolist()
+        return [
+            Place([_cost(*pair) for pair in zip(shares, site.densities, strict=True)], row)
+            for site, row in zip(measurements.layers, errors.mean((0, 3)).tolist(), strict=True)
+        ]
     return [
-        Place(costs[layer], row)
+        Place(measurements.layers[layer].densities, row)
         for of_step in errors.transpose(2, 3).tolist()
         for layer, of_layer in enumerate(of_step)
         for row in of_layer
     ]
 
 
-def _cost(density: float) -> float:
-    return min(1.0, density / KERNEL_EFFICIENCY)
+def _cost(share: float, density: float) -> float:
+    """Cost of a candidate that is sparse at a share of the steps."""
+    return 1 - share + share * min(1.0, density / KERNEL_EFFICIENCY)
 
 
-def _density(measurements: Measurements, choices: Choices, places: int) -> float:
-    per_layer = [site.densities for site in measurements.layers]
-    group = measurements.layers[0].num_heads if places != len(per_layer) else 1
-    return sum(
-        1.0 if index == DENSE else per_layer[number // group % len(per_layer)][index]
+def _density(measurements: Measurements, choices: Choices, active: Tensor, places: int) -> float:
+    if not places:
+        return 1.0
+    shares: list[float] = active.mean(0).tolist()
+    layers = measurements.layers
+    group = layers[0].num_heads if places != len(layers) else 1
+    left_out = sum(
+        shares[index] * (1 - layers[number // group % len(layers)].densities[index])
         for number, index in enumerate(choices.chosen)
-    ) / max(1, places)
+        if index != DENSE
+    )
+    return 1 - left_out / places
 
 
 def _usage(measurements: Measurements, choices: Choices) -> dict[str, int]:
@@ -190,19 +237,31 @@ def _window_policy(
     if not any(index != DENSE for index in choices.chosen):
         return Policy({"*": "dense"})
     windows, tile = _window_palette(measurements)
-    layers, heads = len(measurements.layers), measurements.layers[0].num_heads
-    table = [
-        [[len(windows) - 1] * heads for _ in range(layers)] for _ in range(measurements.num_steps)
-    ]
+    heads, (numbers, num_layers) = measurements.layers[0].num_heads, _layer_numbers(measurements)
+    dense = [len(windows) - 1] * heads
+    table = [[dense for _ in range(num_layers)] for _ in range(measurements.num_steps)]
     chosen = iter(choices.chosen)
     for position in free:
-        for layer in range(layers):
+        for layer in numbers:
             row = [next(chosen) for _ in range(heads)]
             table[measurements.steps[position]][layer] = [i % len(windows) for i in row]
     is_same = all(rows == table[-1] for rows in table[dense_first_steps:])
     choice = [table[-1]] if is_same else table
     config = STA(window_thw=WindowTable(windows=windows, choice=choice), tile_thw=tile)  # type: ignore[arg-type]
     return Policy({"*": config}, dense_first_steps=dense_first_steps)
+
+
+def _layer_numbers(measurements: Measurements) -> tuple[list[int], int]:
+    """Return the row of each measured call in a table, and how many rows there are.
+
+    Where it is not known which layers were left out, none was.
+    """
+    sites = measurements.layers
+    numbers, totals = {site.layer for site in sites}, {site.num_layers for site in sites}
+    total = sites[0].num_layers
+    if None in numbers or total is None or len(totals) != 1 or len(numbers) != len(sites):
+        return list(range(len(sites))), len(sites)
+    return [site.layer for site in sites if site.layer is not None], total
 
 
 def _window_palette(

@@ -148,7 +148,7 @@ class MaskSearch:
             ConfigFormatError: if what is there cannot be read.
             CalibrationError: if there are other losses of the prompt, or it cannot be written.
         """
-        path = Path(directory) / _file_name(prompt)
+        path = Path(directory) / f"mask_search_{name_of_prompt(prompt)}.json"
         text = json.dumps(self.to_published())
         if path.exists() and not overwrite:
             if read_text(path, _WHAT, "that holds losses") == text:
@@ -275,7 +275,8 @@ def _is_search(path: Path) -> bool:
     return is_named_so and not path.name.startswith("mask_strategy") and path.is_file()
 
 
-def _file_name(prompt: str) -> str:
+def name_of_prompt(prompt: str) -> str:
+    """Return what stands for a prompt in names of files: its beginning, and a hash of the whole."""
     beginning = re.sub(r"[^0-9A-Za-z_-]", "_", prompt[:_PROMPT_CHARACTERS])
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"mask_search_{beginning}_{digest[:_HASH_CHARACTERS]}.json"
+    return f"{beginning}_{digest[:_HASH_CHARACTERS]}"

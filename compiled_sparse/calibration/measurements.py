@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +87,9 @@ class SiteErrors:
         cosine: Cosine of the outputs taken as one vector, likewise.
         captured_mass: Mean share of dense attention's weights on the keys attended to, likewise,
             from the log-sum-exp at evenly spread rows.
+        layer: Index among the video attention layers of the model, those that were not measured
+            included; None where not known.
+        num_layers: How many such layers the model has, likewise.
     """
 
     path: str
@@ -99,6 +104,8 @@ class SiteErrors:
     absolute_error: Rows
     cosine: Rows
     captured_mass: Rows
+    layer: int | None = None
+    num_layers: int | None = None
 
     @staticmethod
     def from_sums(site: ProbedSite, sums: Tensor) -> SiteErrors:
@@ -132,6 +139,8 @@ class SiteErrors:
             head_dim=site.head_dim,
             densities=tuple(map(_rounded, site.densities)),
             tiles=site.tiles,
+            layer=site.layer,
+            num_layers=site.num_layers,
             squared_dense=tuple(map(_rounded, squared_dense.tolist())),
             **{name: _rows(values) for name, values in means.items()},
         )
@@ -156,14 +165,23 @@ class SiteErrors:
         """Build one from what `to_dict` returned, or from its JSON.
 
         Raises:
-            CalibrationError: if a field is missing or unknown, or the numbers of candidates or
-                heads differ.
+            CalibrationError: if a field is missing or unknown, holds something else than it should,
+                or the numbers of candidates or heads differ.
         """
         names = [field.name for field in dataclasses.fields(SiteErrors)]
         if sorted(document) != sorted(names):
             raise _no_site(f"fields {', '.join(sorted(document))}", ", ".join(names))
         site = SiteErrors(**{name: _tuples(document[name]) for name in names})
+        for name, (holds, expected) in _HOLDS.items():
+            if not _is_nested(getattr(site, name), holds):
+                raise _no_site(f"{name} {getattr(site, name)!r}", expected)
         shape = (len(site.densities), site.num_heads)
+        if not _is_layer(site.layer, site.num_layers):
+            raise _no_site(
+                f"layer {site.layer!r} of {site.num_layers!r}", "an index below the number"
+            )
+        if len(site.tiles) != shape[0]:
+            raise _no_site(f"{len(site.tiles)} tiles", f"{shape[0]}, one for each candidate")
         for name in _PER_CANDIDATE:
             rows = getattr(site, name)
             if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
@@ -180,7 +198,8 @@ class Measurements:
         calls: For each call of the model its attention calls over the video, in execution order.
 
     Raises:
-        CalibrationError: if there is nothing, or the calls do not have the same layers.
+        CalibrationError: if there is nothing, the calls do not have the same layers, or figures of
+            a candidate are missing.
     """
 
     candidates: tuple[MechanismConfig, ...]
@@ -203,7 +222,14 @@ class Measurements:
                     expected="the same module paths, heads and grid in every call",
                     next_step="calibrate each resolution and each model in a run of its own",
                 )
-
+        amounts = {len(site.densities) for site in first}
+        if amounts != {len(self.candidates)}:
+            raise CalibrationError(
+                "these are measurements of other candidates",
+                got=f"{len(self.candidates)} candidates, figures of {sorted(amounts)}",
+                expected="figures of each candidate",
+                next_step="measure again; the file was written by another release or edited",
+            )
         counts = [site.num_heads for site in first]
         if len(set(counts)) != 1:
             raise CalibrationError(
@@ -263,7 +289,35 @@ def _figure(site: SiteErrors, name: str) -> Tensor:
 
 
 def _identity(site: SiteErrors) -> tuple[Any, ...]:
-    return site.path, site.num_heads, site.grid_thw, site.tiles
+    return site.path, site.num_heads, site.grid_thw, site.tiles, site.layer, site.num_layers
+
+
+def _is_nested(value: object, holds: Callable[[Any], bool]) -> bool:
+    """Whether nested tuples hold nothing else than what is told."""
+    return isinstance(value, tuple) and all(_is_nested(v, holds) or holds(v) for v in value)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_finite(value) and value >= 0
+
+
+def _is_layer(layer: object, total: object) -> bool:
+    known: list[Any] = [value for value in (layer, total) if value is not None]
+    counts = [value for value in known if is_count(value, least=0)]
+    return counts == known and (len(known) < 2 or counts[0] < counts[1])
+
+
+_AMOUNTS = (_is_amount, "finite numbers of at least 0")
+_COUNTS = (is_count, "integers of at least 1")
+_HOLDS = {
+    **dict.fromkeys(("densities", "squared_dense", *_PER_CANDIDATE), _AMOUNTS),
+    **dict.fromkeys(("grid_thw", "tiles"), _COUNTS),
+    "cosine": (_is_finite, "finite numbers"),
+}
 
 
 def _rows(values: Tensor) -> Rows:

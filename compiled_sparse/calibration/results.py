@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compiled_sparse.calibration.documents import checked_document
+from compiled_sparse.calibration.documents import reason_of
+from compiled_sparse.calibration.documents import refusal
 from compiled_sparse.calibration.documents import with_checksum
 from compiled_sparse.calibration.files import write_atomically
 from compiled_sparse.calibration.measurements import CallKey
@@ -48,12 +50,20 @@ def load_measurements(path: str | Path) -> Measurements:
         path: The file.
 
     Raises:
-        CalibrationError: if the file is damaged, or of another format or version.
+        CalibrationError: if the file is damaged, of another format or version, or holds no
+            measurements; names the file and the reason.
         ConfigFormatError: if it cannot be read.
     """
     document = checked_document(path, FORMAT, (VERSION,))
-    candidates: list[Mapping[str, Any]] = document["candidates"]
-    calls: Mapping[str, list[Mapping[str, Any]]] = document["calls"]
+    try:
+        return _read(document["candidates"], document["calls"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise refusal(path, FORMAT, reason_of(error), "what save_measurements wrote") from None
+
+
+def _read(
+    candidates: list[Mapping[str, Any]], calls: Mapping[str, list[Mapping[str, Any]]]
+) -> Measurements:
     return Measurements(
         candidates=tuple(map(MechanismConfig.from_dict, candidates)),
         calls={

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
-from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -91,9 +91,9 @@ def measure(
         on_call: Called after each call, those of the journal included.
 
     Raises:
-        CalibrationError: if a candidate cannot be measured, two calls have the same key, no call
-            has video attention that all candidates fit, or the journal is damaged or of another
-            run.
+        CalibrationError: if a candidate cannot be measured, something is no `Call`, two calls have
+            the same key, no call has video attention that all candidates fit, or the journal is
+            damaged or of another run.
         ConfigError: if a spec string is wrong.
     """
     configs = as_candidates(candidates)
@@ -102,6 +102,7 @@ def measure(
     with open_entries(journal, configs, rows) as entries, torch.no_grad():
         seen: set[CallKey] = set()
         for call in calls:
+            _require_call(call)
             _require_new(call.key, seen)
             if call.key not in entries:
                 with _said_of(call):
@@ -154,7 +155,8 @@ def recording(
         policy = calibration.fit(found.measurements, max_error=0.1).policy
 
     Args:
-        model: The transformer; it is as it was after the block.
+        model: The transformer, or what torch.compile returned for it; it is as it was after the
+            block. Inside, its outputs have no gradient, and calls of several threads take turns.
         candidates: As for `measure`.
         sample: Name of the prompt; each of a journal has its own.
         journal: As for `measure`.
@@ -168,25 +170,30 @@ def recording(
     configs = as_candidates(candidates)
     recorder = _Recorder()
     # The model's __call__ is what leads here.
-    compiled = _probing(model._call_impl, configs, recorder, inner, rows)
+    original = getattr(model, "_orig_mod", model)._call_impl
+    compiled = _probing(original, configs, recorder, inner, rows)
     with open_entries(journal, configs, rows) as entries:
         made: dict[int, int] = {}
+        one_at_a_time = threading.RLock()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            key = _key_of_call(sample, made)
-            if key in entries:
-                return model._call_impl(*args, **kwargs)
-            with torch.no_grad():
-                found = recorder.record(compiled, args, kwargs)
-            entries.add(key, found)
-            return recorder.output
+            with one_at_a_time:
+                key = _key_of_call(sample, made)
+                if key in entries:
+                    return original(*args, **kwargs)
+                with torch.no_grad():
+                    found = recorder.record(compiled, args, kwargs)
+                entries.add(key, found)
+                return recorder.output
 
-        before = model._compiled_call_impl
-        model._compiled_call_impl = call
+        # What torch.compile(model) returns hands every setattr on to the model itself.
+        attributes, name = vars(model), "_compiled_call_impl"
+        before = attributes.get(name)
+        attributes[name] = call
         try:
             yield Recording(entries, configs)
         finally:
-            model._compiled_call_impl = before
+            attributes[name] = before
 
 
 class _Recorder:
@@ -262,6 +269,16 @@ def _probing(
     return compiled_apart(plain(model), functools.partial(compiled_sparse_backend, options=options))
 
 
+def _require_call(call: object) -> None:
+    if not isinstance(call, Call):
+        raise CalibrationError(
+            "this is no call of a model",
+            got=type(call).__name__,
+            expected="a compiled_sparse.calibration.Call",
+            next_step="pass [Call(args=..., kwargs=..., key=CallKey(step=...))], for instance",
+        )
+
+
 def _require_new(key: CallKey, seen: set[CallKey]) -> None:
     if key in seen:
         raise CalibrationError(
@@ -274,8 +291,6 @@ def _require_new(key: CallKey, seen: set[CallKey]) -> None:
 
 
 def _said_of(call: Call) -> Any:
-    if call.grid_thw is None and call.text is None:
-        return metadata(step=call.key.step) if call.key.step else nullcontext()
     return metadata(grid_thw=call.grid_thw, text=call.text, step=call.key.step)
 
 

@@ -16,6 +16,7 @@ from compiled_sparse.calibration import measure
 from compiled_sparse.calibration import measure_captured
 from compiled_sparse.calibration import save_measurements
 from compiled_sparse.calibration.files import write_atomically
+from compiled_sparse.calibration.fit import check_targets
 from compiled_sparse.cli.arguments import Commands
 from compiled_sparse.cli.arguments import count
 from compiled_sparse.cli.workload import add_workload_arguments
@@ -90,12 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CompiledSparseError: if the request cannot be carried out.
     """
-    measurements = _measure(arguments)
-    if arguments.measurements:
-        save_measurements(measurements, arguments.measurements)
     max_error = arguments.max_error
     if max_error is None and arguments.min_gain is None:
         max_error = 0.1
+    check_targets(max_error, arguments.min_gain, arguments.dense_first_steps)
+    measurements = _measure(arguments)
+    if arguments.measurements:
+        save_measurements(measurements, arguments.measurements)
     found = fit(
         measurements,
         max_error=max_error,

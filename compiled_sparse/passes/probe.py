@@ -25,6 +25,7 @@ from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.layouts import specialized
+from compiled_sparse.passes.masks import KeyMask
 from compiled_sparse.passes.replacement import Replacement
 from compiled_sparse.passes.rewrite import SparseAttentionPass
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
@@ -48,6 +49,8 @@ class ProbedSite:
         head_dim: Head size.
         densities: Fraction of (query, key) pairs each candidate attends to.
         tiles: Tile sides of each candidate on this grid.
+        layer: Index among the video attention layers of the model; None where not known.
+        num_layers: How many such layers the model has, likewise.
     """
 
     path: str
@@ -58,6 +61,8 @@ class ProbedSite:
     head_dim: int
     densities: tuple[float, ...]
     tiles: tuple[tuple[int, ...], ...]
+    layer: int | None = None
+    num_layers: int | None = None
 
 
 Receive = Callable[[Sequence[ProbedSite], Sequence[torch.Tensor]], None]
@@ -122,7 +127,8 @@ class ProbePass(SparseAttentionPass):
             if sampled is None:
                 inputs = (query, key, mask.keys, self.probe.rows, scale)
                 sampled = _call(case, anchor, ops.sampled_log_sums.default, inputs)
-            results = (site.node, out, _log_sum(anchor, out), sampled, mask.keys)
+            shown = _shown(case, anchor, mask)
+            results = (site.node, out, _log_sum(anchor, out), sampled, shown)
             sums.append(_call(case, anchor, ops.candidate_errors.default, results))
         stacked = _call(case, anchor, torch.stack, (sums,))
         outputs.hand_out(_probed_site(case, replacements), site.owner, stacked)
@@ -140,7 +146,16 @@ def _probed_site(case: Case, replacements: list[Replacement]) -> ProbedSite:
         head_dim=hint(query.shape[3]),
         densities=tuple(each.chosen.density for each in replacements),
         tiles=tuple(each.chosen.tile for each in replacements),
+        layer=case.facts.layer,
+        num_layers=case.facts.num_layers,
     )
+
+
+def _shown(case: Case, anchor: fx.Node, mask: KeyMask) -> fx.Node | None:
+    """Tokens that are hidden neither as keys nor as queries, bool [batch or 1, length]."""
+    if mask.keys is None or mask.queries is None:
+        return mask.keys if mask.queries is None else mask.queries
+    return _call(case, anchor, operator.and_, (mask.keys, mask.queries))
 
 
 def _log_sum(anchor: fx.Node, out: fx.Node) -> fx.Node:

@@ -66,6 +66,15 @@ def test_masks_scales_and_text_are_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(site.squared_error[0]), error, rtol=1e-4, atol=1e-9)
 
 
+def test_each_prompt_has_files_of_its_own(model: nn.Module, tmp_path: Path) -> None:
+    prompts = ("a cat!", "a cat?", "a very " * 60 + "long one", "\u732b" * 200)
+    for prompt in prompts:
+        with calibration.capture(tmp_path, grid_thw=GRID, key=CallKey(sample=prompt)):
+            model(*dit_inputs())
+    found = calibration.measure_captured(tmp_path, CANDIDATES[:1])
+    assert {key.sample for key in found.calls} == set(prompts)
+
+
 def test_one_file_at_a_time_is_in_memory(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,16 +123,40 @@ def _foreign(path: Path) -> None:
     save_file({"q": torch.zeros(1)}, path)
 
 
-def _without_values(path: Path) -> None:
+def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def _without_values(path: Path) -> None:
     tensors: dict[str, Tensor] = load_file(path)
-    save_file({name: tensors[name] for name in "qk"}, path, metadata)
+    _replace(path, {name: tensors[name] for name in "qk"})
 
 
-@pytest.mark.parametrize("damage", [_truncate, _foreign, _without_values])
+def _shorter(path: Path) -> None:
+    _replace(path, {name: tensor[:, :, 1:] for name, tensor in load_file(path).items()})
+
+
+def _other_heads(path: Path) -> None:
+    tensors = load_file(path)
+    _replace(path, {**tensors, "k": tensors["k"][..., 1:]})
+
+
+def _other_mask(path: Path) -> None:
+    _replace(path, {**load_file(path), "key_mask": torch.ones(1, 3, dtype=torch.uint8)})
+
+
+def _twice(path: Path) -> None:
+    path.with_name("another.safetensors").write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _foreign, _without_values, _shorter, _other_heads, _other_mask, _twice],
+)
 def test_damaged_and_foreign_files_are_named(model: nn.Module, tmp_path: Path, damage: Any) -> None:
     with calibration.capture(tmp_path, grid_thw=GRID):
         model(*dit_inputs())

@@ -51,6 +51,7 @@ def measurements(
     return Measurements(candidates=candidates, calls=calls)
 
 
+ONE = {"densities": (0.1,), "tiles": (TILE,)}
 EASY, HARD = [[0.01, 0.02], [0.0, 0.01]], [[0.5, 0.9], [0.04, 0.3]]
 
 
@@ -67,7 +68,8 @@ def test_the_error_target_is_a_root_mean_square_over_all_places() -> None:
     squares = [0.01, 0.02, 0.04, 0.0]
     assert found.relative_error == pytest.approx((sum(squares) / 4) ** 0.5)
     assert found.density == pytest.approx((0.1 + 0.1 + 0.4 + 1) / 4)
-    assert found.predicted_gain == pytest.approx(4 / (0.125 + 0.125 + 0.5 + 1))
+    # As reports say it of a table: its dense heads are in the kernel, too.
+    assert found.predicted_gain == pytest.approx(0.8 / found.density)
     assert found.usage == {"dense": 1, WINDOWS[0].describe(): 2, WINDOWS[1].describe(): 1}
 
 
@@ -94,6 +96,41 @@ def test_a_step_that_nobody_measured_stays_dense() -> None:
     assert isinstance(config.window_thw, WindowTable)
     assert config.window_thw.row(1, 0) == ((2, 2, 2),) * 2
     assert config.window_thw.row(2, 0) == ((1, 1, 1),) * 2
+
+
+def test_layers_that_were_not_measured_have_dense_rows() -> None:
+    sites = tuple(site(f"{i}", EASY, layer=i, num_layers=3) for i in (0, 2))
+    ((_, config),) = fit(measurements(WINDOWS, sites), max_error=1.0).policy.rules
+    assert isinstance(config, cs.STA)
+    table = config.window_thw
+    assert isinstance(table, WindowTable)
+    narrow, full = ((1, 1, 1),) * 2, ((2, 2, 2),) * 2
+    assert [table.row(0, layer) for layer in range(table.num_layers)] == [narrow, full, narrow]
+
+
+def test_a_table_with_too_few_sparse_heads_does_not_pay_and_is_dense() -> None:
+    one_easy = [[0.01, 0.9, 0.9, 0.9, 0.9, 0.9], [0.0, 0.9, 0.9, 0.9, 0.9, 0.9]]
+    found = fit(measurements(WINDOWS, (site("a", one_easy),)), max_error=0.1)
+    assert found.policy == Policy({"*": "dense"})
+    assert (found.density, found.relative_error, found.predicted_gain) == (1.0, 0.0, 1.0)
+
+
+def test_steps_that_a_candidate_keeps_dense_itself_count_as_dense() -> None:
+    late = cs.VMoBA(first_full_step=1)
+    two_steps = measurements((late,), *((site("a", [[0.04]], **ONE),),) * 2)
+    found = fit(two_steps, max_error=1.0)
+    assert found.usage[late.describe()] == 1
+    assert found.relative_error == pytest.approx((0.04 / 2) ** 0.5)
+    assert found.density == pytest.approx((1 + 0.1) / 2)
+    assert found.predicted_gain == pytest.approx(2 / (1 + 0.125))
+    with pytest.raises(CalibrationError, match="at most"):
+        fit(two_steps, min_gain=2.0)
+
+
+@pytest.mark.parametrize("candidates", [WINDOWS, SPARSITIES], ids=["windows", "sparsities"])
+def test_where_all_steps_stay_dense_nothing_is_promised(candidates: Any) -> None:
+    found = fit(measurements(candidates, (site("a", EASY),)), max_error=1.0, dense_first_steps=5)
+    assert (found.density, found.relative_error, found.predicted_gain) == (1.0, 0.0, 1.0)
 
 
 def test_nothing_sparse_is_a_dense_policy() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from compiled_sparse.calibration import Call
 from compiled_sparse.calibration import CallKey
 from compiled_sparse.calibration import Measurements
 from compiled_sparse.calibration import SiteErrors
+from compiled_sparse.calibration.documents import with_checksum
 from compiled_sparse.errors import CalibrationError
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -29,6 +32,29 @@ CANDIDATES = ("sta:window_thw=1x1x1,tile_thw=2x3x2", "sta:window_thw=3x1x1,tile_
 @pytest.fixture
 def model() -> nn.Module:
     return TinyDiT(2).requires_grad_(False).eval()
+
+
+MADE_UP = Measurements(
+    candidates=(cs.VSA(sparsity=0.5),),
+    calls={
+        CallKey(): (
+            SiteErrors(
+                path="attn",
+                kind="self",
+                grid_thw=(2, 2, 2),
+                text=(0, 0),
+                head_dim=8,
+                densities=(0.5,),
+                tiles=((1, 1, 1),),
+                squared_dense=(1.0,),
+                squared_error=((0.5,),),
+                absolute_error=((0.5,),),
+                cosine=((-0.5,),),
+                captured_mass=((0.5,),),
+            ),
+        )
+    },
+)
 
 
 def calls(number: int = 3) -> list[Call]:
@@ -49,6 +75,17 @@ def test_every_call_layer_candidate_and_head_is_measured(model: nn.Module) -> No
     mass = found.mean("captured_mass")
     assert bool((mass[:, :, 1] > mass[:, :, 0]).all())
     assert [config.describe() for config in found.candidates] == list(CANDIDATES)
+
+
+def test_a_fit_promises_what_the_report_of_its_policy_says(model: nn.Module) -> None:
+    found = calibration.fit(
+        calibration.measure(model, calls(1), CANDIDATES, inner="eager"), max_error=0.3
+    )
+    assert 0 < found.usage["dense"] < 4
+    report = cs.explain(model, *dit_inputs(), policy=found.policy)
+    sparse = [decision for decision in report.sites if decision.is_sparse]
+    assert [decision.density for decision in sparse] == pytest.approx([found.density] * 2)
+    assert [d.predicted_gain for d in sparse] == pytest.approx([found.predicted_gain] * 2)
 
 
 def test_a_compiled_model_and_its_cache_are_left_alone(model: nn.Module) -> None:
@@ -89,6 +126,28 @@ def test_measurements_are_files_and_back(model: nn.Module, tmp_path: Path) -> No
     assert again.read_bytes() == path.read_bytes()
     path.write_text(path.read_text().replace("0.", "1.", 1))
     with pytest.raises(CalibrationError, match="checksum"):
+        calibration.load_measurements(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"candidates": []},
+        {"candidates": 5},
+        {"calls": []},
+        {"calls": {"0/positive/0": 5}},
+        {"calls": {"zero": []}},
+        {"calls": {"0/positive/0": [{"path": "x"}]}},
+    ],
+    ids=str,
+)
+def test_a_file_of_another_form_with_its_checksum_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "edited.json"
+    calibration.save_measurements(MADE_UP, path)
+    path.write_text(json.dumps(with_checksum({**json.loads(path.read_text()), **changes})))
+    with pytest.raises(CalibrationError, match=r"edited\.json"):
         calibration.load_measurements(path)
 
 
@@ -193,6 +252,44 @@ def test_a_recorded_pipeline_goes_on_where_it_was_broken_off(
     assert found.measurements == whole.measurements
 
 
+def test_a_pipeline_with_a_compiled_transformer_is_recorded(model: nn.Module) -> None:
+    compiled: Any = torch.compile(model, backend="eager")
+    inputs = dit_inputs()
+    expected = compiled(*inputs)
+    with (
+        calibration.recording(compiled, CANDIDATES, inner="eager") as found,
+        cs.metadata(step=0),
+    ):
+        assert torch.equal(compiled(*inputs), expected)
+    assert len(found.measurements.layers) == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(*inputs), expected)
+
+
+def test_calls_of_several_threads_are_told_apart(model: nn.Module) -> None:
+    inputs = dit_inputs()
+
+    def run(step: int) -> None:
+        with cs.metadata(step=step):
+            model(*inputs)
+
+    with calibration.recording(model, CANDIDATES, inner="eager") as found:
+        threads = [threading.Thread(target=run, args=(step,)) for step in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [len(sites) for sites in found.measurements.calls.values()] == [2, 2, 2]
+
+
+def test_the_step_of_a_key_outranks_what_was_said_around_it(model: nn.Module) -> None:
+    table = cs.WindowTable(windows=((9, 9, 9), (1, 1, 1)), choice=(((0,),), ((1,),)))
+    candidate = cs.STA(window_thw=table, tile_thw=(2, 3, 2))
+    with cs.metadata(step=1):
+        found = calibration.measure(model, calls(1), [candidate], inner="eager")
+    assert float(found.mean("captured_mass").min()) == pytest.approx(1.0)
+
+
 def test_a_pipeline_whose_step_is_not_known_is_refused(model: nn.Module) -> None:
     with (
         pytest.raises(CalibrationError, match="no step"),
@@ -239,3 +336,8 @@ def test_text_and_grid_of_a_call_reach_the_pass() -> None:
     found = calibration.measure(Plain(), [call], CANDIDATES, inner="eager")
     assert (found.layers[0].grid_thw, found.layers[0].text) == (GRID, (0, 5))
     assert found.layers[0].kind == "joint"
+
+
+def test_layers_are_counted_with_those_that_are_not_measured(model: nn.Module) -> None:
+    found = calibration.measure(model, calls(1), CANDIDATES, inner="eager")
+    assert [(site.layer, site.num_layers) for site in found.layers] == [(0, 2), (1, 2)]

@@ -175,3 +175,13 @@ def test_the_demo_goes_through_all_of_it(
     assert result["relative_error"] <= 0.5
     assert main(["calibrate", "search", "--demo"]) == 0
     assert "full window: 1,4,4" in capsys.readouterr().out
+
+
+def test_a_target_out_of_range_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    journal = tmp_path / "run.journal"
+    arguments = ["calibrate", "run", "--demo", "--inner", "eager", "--journal", str(journal)]
+    assert main([*arguments, "--max-error", "nan"]) == 2
+    assert "fitted to one target" in capsys.readouterr().err
+    assert not journal.exists()

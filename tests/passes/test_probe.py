@@ -89,6 +89,21 @@ def test_errors_are_those_of_eager_attention_on_the_same_inputs() -> None:
         assert float(mass[0].max()) < 0.5
 
 
+def test_padded_queries_count_nowhere() -> None:
+    class Padded(torch.nn.Module):
+        def forward(self, x: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
+            mask = keys[:, None, None, :] & queries[:, None, :, None]
+            return torch.nn.functional.scaled_dot_product_attention(x.sin(), x, x, mask)
+
+    x, keys = torch.randn(2, 2, 60, 8), torch.ones(2, 60, dtype=torch.bool)
+    queries = torch.arange(60).expand(2, -1) < 40
+    with cs.metadata(grid_thw=GRID):
+        _, ((_, sums),) = probed(Padded(), x, keys, queries)
+    # The whole window is dense attention, which leaves zeros at padded queries.
+    assert float(sums_of(sums[0], "squared_error")[1].max()) < 1e-9
+    assert sums_of(sums[0], "elements").unique().item() == 2 * 40 * 8
+
+
 @pytest.mark.slow
 def test_inductor_measures_the_same() -> None:
     model, inputs = dit(), dit_inputs()
