@@ -66,8 +66,18 @@ $(OLD_TRITON): | $(DEV)
 .PHONY: old-triton
 old-triton: $(OLD_TRITON) ## get the oldest supported Triton for the slow tests
 
+# The slow tests open pages in a real browser, without a window.
+.PHONY: browser
+browser: ## get a browser for the slow tests, with apt-get where none is there
+	@for name in chromium chromium-browser google-chrome; do \
+		if command -v $$name >/dev/null; then exit 0; fi; \
+	done; \
+	as_root=; [ "$$(id -u)" -eq 0 ] || as_root=sudo; \
+	$$as_root apt-get update -qq; \
+	$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null
+
 .PHONY: test-all
-test-all: $(DEV) $(OLD_TRITON) ## run every test
+test-all: $(DEV) $(OLD_TRITON) browser ## run every test
 	@$(PY) -m pytest $(ARGS)
 
 .PHONY: check
@@ -83,6 +93,12 @@ check: $(DEV) ## format, lint, types, docstrings, spelling, repository rules
 format: $(DEV) ## rewrite what ruff can fix by itself
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+# Nothing is fetched: the site is made of this tree and of what is installed.
+.PHONY: docs
+docs: $(DEV) ## build the documentation as a site into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 .PHONY: bench
 bench: $(LIGHT) ## run the benchmarks and record their results

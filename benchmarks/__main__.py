@@ -1,6 +1,7 @@
 """Run benchmark suites and record the results.
 
-python -m benchmarks [kernel sta swba vsa sla vmoba mechanisms model masks overhead]
+python -m benchmarks [kernel sta swba vsa sla vmoba mechanisms model masks
+    overhead calibration]
     [--rounds 7] [--output FILE]
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch._inductor.config
 
+from benchmarks import calibration
 from benchmarks import kernel
 from benchmarks import masks
 from benchmarks import mechanisms
@@ -36,6 +38,7 @@ SUITES = {
     "model": model.run,
     "masks": masks.run,
     "overhead": overhead.run,
+    "calibration": calibration.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
@@ -25,7 +24,8 @@ from benchmarks.timing import ratios
 from compiled_sparse.block_lists import BlockLists
 from compiled_sparse.block_lists import block_lists
 from compiled_sparse.config import MechanismConfig
-from compiled_sparse.layout import BlockLayout
+from compiled_sparse.flex import flex_block_mask
+from compiled_sparse.flex import has_full_blocks
 from compiled_sparse.synthetic import made_up_tokens
 
 HEADS, HEAD_DIM, GRID = 4, 64, (8, 24, 40)
@@ -93,7 +93,7 @@ def measure(name: str, case: Case, grid: tuple[int, ...], rounds: int) -> dict[s
     assert lists is not None
     functions: dict[str, Function] = {"dense": _dense, "compiled": _compiled(case, grid)}
     forward = dict(functions)
-    if isinstance(lists, BlockLists) and _is_full(lists):
+    if isinstance(lists, BlockLists) and has_full_blocks(lists):
         forward["flex_attention"] = _flex(lists)
     with torch.no_grad():
         expected = F.scaled_dot_product_attention(q, k, v)
@@ -151,27 +151,8 @@ def _compiled(case: Case, grid: tuple[int, ...]) -> Function:
     return compiled
 
 
-def _is_full(lists: BlockLists) -> bool:
-    """Whether every block is full, so that it is a run of tokens once these are moved."""
-
-    def full(layout: BlockLayout) -> bool:
-        return set(layout.block_sizes) == {layout.block_size}
-
-    return full(lists.queries) and full(lists.keys)
-
-
 def _flex(lists: BlockLists) -> Function:
     """The lists alone, as full blocks of tokens that were moved outside the timing."""
-    room = lists.keys.num_blocks - lists.indices.shape[-1]
-    shape = (1, HEADS, lists.queries.num_blocks)
-    indices = F.pad(lists.indices, (0, room)).expand(*shape, -1).contiguous()
-    counts = lists.counts.expand(shape).contiguous()
-    mask = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts),
-        torch.zeros_like(indices),
-        counts,
-        indices,
-        BLOCK_SIZE=(lists.queries.block_size, lists.keys.block_size),
-    )
+    mask = flex_block_mask(lists, HEADS)
     compiled = torch.compile(flex_attention)
     return lambda q, k, v, *learned: compiled(q, k, v, block_mask=mask)

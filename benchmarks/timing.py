@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled_sparse.cli.machine import processor_name
+
 WARM_UP_SECONDS = 3.0
 
 
@@ -98,20 +100,13 @@ def ratios(seconds: Mapping[str, float], density: float) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Return the machine and the versions a result was measured with."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "vector_extensions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -19,7 +19,6 @@ import torch
 from torch import fx
 from torch._dynamo import lookup_backend
 
-from compiled_sparse.errors import StrictRewriteError
 from compiled_sparse.guard import Guard
 from compiled_sparse.guard import read_findings
 from compiled_sparse.guard import report_findings
@@ -32,11 +31,12 @@ from compiled_sparse.options import parse_options
 from compiled_sparse.passes import SparseAttentionPass
 from compiled_sparse.passes.fx import clone_dynamo_graph
 from compiled_sparse.passes.markers import Markers
+from compiled_sparse.passes.probe import Probe
+from compiled_sparse.passes.probe import ProbePass
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import StepSchedule
 from compiled_sparse.policy import as_policy
-from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 from compiled_sparse.recompute import Recall
 from compiled_sparse.report import Decision
@@ -45,6 +45,13 @@ from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
 from compiled_sparse.selector import reads_sparsity
+from compiled_sparse.strict import UNMATCHED_ADVICE
+from compiled_sparse.strict import missed_calls
+from compiled_sparse.strict import missed_error
+from compiled_sparse.strict import rules_and_paths
+from compiled_sparse.strict import unmatched_calls
+from compiled_sparse.strict import unmatched_error
+from compiled_sparse.strict import where_and_why
 
 logger = logging.getLogger("compiled_sparse")
 
@@ -118,7 +125,7 @@ class _Dispatcher:
         self._warned_of_steps = False
         self._depends_on_steps = False
         self._announced: set[Policy] = set()
-        self._checked_paths: dict[VariantKey, tuple[str, ...]] = {}
+        self._further_outputs: dict[VariantKey, tuple[Any, ...]] = {}
         self._recall = Recall()
         with self._recall.compiling(example_inputs):
             self._compile_first(example_inputs)
@@ -137,6 +144,9 @@ class _Dispatcher:
     def as_callable(self) -> Compiled:
         if not self._has_attention:
             return self._first
+        probe = self._settings.probe
+        if probe is not None:
+            return self._recall.around(lambda *inputs: self.probed(inputs, probe))
         if self._settings.guard is not None:
             return self._recall.around(_GuardedRun(self, self._settings.guard))
         variants, build, current_key = self._variants, self.variant, self.key
@@ -152,6 +162,8 @@ class _Dispatcher:
 
     def key(self) -> VariantKey:
         """Return what the present call selects; checks are the guard's matter."""
+        if self._settings.probe is not None:  # it measures whatever else is said
+            return VariantKey(current_layout(), None, None, frozenset())
         sources, call = current_sources(self._settings.policy), current_call()
         dense = dense_schedules(sources, call, self._modules)
         if self._depends_on_steps and not self._warned_of_steps:
@@ -165,15 +177,9 @@ class _Dispatcher:
     def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
         rewritten = clone_dynamo_graph(self._pristine)
         sources = PolicySources(self._settings.policy, key.forced, key.environment)
-        rewrite = SparseAttentionPass(
-            sources,
-            key.layout,
-            dense_schedules=key.dense_schedules,
-            check_rows=key.check_rows,
-            sparsity=current_call().sparsity if key.has_sparsity else None,
-        )
+        rewrite = self._pass(key, sources)
         decisions = rewrite(rewritten)
-        self._checked_paths[key] = rewrite.checked_paths
+        self._further_outputs[key] = rewrite.further_outputs
         self._has_attention = bool(decisions)
         self._depends_on_steps |= any(d.is_sparse or d.reason == "step_dense" for d in decisions)
         is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
@@ -183,6 +189,17 @@ class _Dispatcher:
             self._announced.add(policy)
             _announce_unmatched(decisions, policy, self._settings.strict)
         return rewritten, rewrite.runtime_inputs
+
+    def _pass(self, key: VariantKey, sources: PolicySources) -> SparseAttentionPass:
+        if self._settings.probe is not None:
+            return ProbePass(self._settings.probe, key.layout)
+        return SparseAttentionPass(
+            sources,
+            key.layout,
+            dense_schedules=key.dense_schedules,
+            check_rows=key.check_rows,
+            sparsity=current_call().sparsity if key.has_sparsity else None,
+        )
 
     def variant(self, key: VariantKey) -> Compiled:
         """Return a variant, compiled outside Dynamo: a nested compile guards its own shapes."""
@@ -204,10 +221,20 @@ class _Dispatcher:
         One without sparse calls has nothing to check and serves as the plain variant, too.
         """
         compiled = self.variant(key)
-        paths = self._checked_paths[key]
+        paths = self._further_outputs[key]
         if not paths:
             self._variants.setdefault(replace(key, check_rows=0), compiled)
         return compiled, paths
+
+    def probed(self, inputs: tuple[Any, ...], probe: Probe) -> Any:
+        """Run the graph and hand what it measured to whoever asked for it."""
+        key = self.key()
+        outputs = self.variant(key)(*inputs)
+        sites = self._further_outputs[key]
+        if not sites:
+            return outputs
+        probe.receive(sites, outputs[-len(sites) :])
+        return outputs[: -len(sites)]
 
 
 _DENSE = as_policy("dense")
@@ -291,55 +318,29 @@ def _announce(decisions: list[Decision], strict: bool, *, is_automatic: bool) ->
     logger.info("%s", report.summary())
     for decision in decisions:
         logger.debug("%s", decision)
-    missed = [d for d in decisions if not d.is_sparse and d.reason not in EXPECTED_DENSE]
+    missed = missed_calls(decisions)
     if not missed or is_automatic:
         return
-    first = missed[0]
-    where = f"{first.path or 'an attention call'}: {first.reason}"
-    detail = f" ({first.detail})" if first.detail else ""
     if strict:
-        raise StrictRewriteError(
-            f"{len(missed)} attention calls the policy wants sparse stay dense",
-            got=where + detail,
-            expected="every call the policy names rewritten, as strict=True asks",
-            next_step=REASONS[first.reason],
-        )
+        raise missed_error(missed)
     logger.warning(
-        "%d attention calls stay dense although the policy names a mechanism; first %s%s. %s",
+        "%d attention calls stay dense although the policy names a mechanism; first %s. %s",
         len(missed),
-        where,
-        detail,
-        REASONS[first.reason],
+        where_and_why(missed[0]),
+        REASONS[missed[0].reason],
     )
 
 
 def _announce_unmatched(decisions: list[Decision], policy: Policy, strict: bool) -> None:
-    """Warn, or raise when strict, where no rule matches any video call of a graph.
-
-    Calls of modules with their own policy are `cs.attach`'s matter.
-    """
-    video = [d for d in decisions if d.config_origin]
-    if not video or not policy.sparse_globs:
+    """Warn, or raise when strict, where no rule matches any video call of a graph."""
+    unmatched = unmatched_calls(decisions, policy)
+    if not unmatched:
         return
-    if any(d.reason != "no_rule" or d.config_origin == "module" for d in video):
-        return
-    rules = ", ".join(repr(glob) for glob, _ in policy.rules)
-    paths = ", ".join(dict.fromkeys(repr(d.path) for d in video))
-    advice = (
-        "correct the globs; blocks that are compiled alone see paths without the block's own: "
-        "give their policy to cs.attach(model, policy)"
-    )
     if strict:
-        raise StrictRewriteError(
-            "no rule of the policy matches any video attention call of the graph",
-            got=f"rules {rules}; calls of {paths}",
-            expected="globs that match module paths, as strict=True asks",
-            next_step=advice,
-        )
+        raise unmatched_error(unmatched, policy)
     logger.warning(
         "no rule of the policy (%s) matches any video attention call of the graph (%s): all stay "
         "dense; %s",
-        rules,
-        paths,
-        advice,
+        *rules_and_paths(unmatched, policy),
+        UNMATCHED_ADVICE,
     )

@@ -111,6 +111,7 @@ def block_lists(
     *,
     grid_thw: tuple[int, ...],
     text: Text | None = None,
+    gate: Tensor | None = None,
 ) -> BlockLists | ChunkSelection | None:
     """Return what a mechanism selects on given queries and keys; None if it has no kernel op.
 
@@ -122,6 +123,8 @@ def block_lists(
         k: [batch, key heads, length, head_dim].
         grid_thw: Token grid of the video.
         text: Text tokens around the video.
+        gate: [batch, query heads, length, head_dim], for a config that names one; nothing is
+            selected by it.
 
     Raises:
         CompiledSparseError: whatever `compiled_sparse.attention` raises for this call.
@@ -131,7 +134,7 @@ def block_lists(
     with torch.inference_mode(False), torch.no_grad():
         q, k = q.clone(), k.clone()
         with recorder:
-            attention(q, k, k, config, grid_thw=grid_thw, text=text)
+            attention(q, k, k, config, grid_thw=grid_thw, text=text, gate=gate)
     return recorder.selection
 
 

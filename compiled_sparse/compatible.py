@@ -33,6 +33,7 @@ class Compatibility:
         detail: What stands in the way.
         density: Fraction of token pairs attended; 1.0 if it does not take the call.
         predicted_gain: Predicted speed-up over dense attention; 1.0 if it does not.
+        tile: Sides of a query block; empty if it does not.
     """
 
     mechanism: str
@@ -42,6 +43,7 @@ class Compatibility:
     detail: str = ""
     density: float = 1.0
     predicted_gain: float = 1.0
+    tile: tuple[int, ...] = ()
 
 
 def compatible(
@@ -80,7 +82,7 @@ def compatible(
     """
     grid_thw = as_grid(grid_thw)
     check_text(text)
-    _check_sizes(heads=heads, head_dim=head_dim)
+    check_sizes(heads=heads, head_dim=head_dim)
     if not isinstance(dtype, torch.dtype):
         raise DtypeError(
             "this is no dtype",
@@ -91,10 +93,17 @@ def compatible(
     device_type = _device_type(device)
     call = CallFacts(dtype, head_dim, head_dim, device_type, training, key_mask)
     layout = (grid_thw, text or Text())
-    return tuple(_answer(each.config(), call, *layout, heads) for each in registry.mechanisms())
+    return tuple(
+        compatibility(each.config(), call, *layout, heads) for each in registry.mechanisms()
+    )
 
 
-def _check_sizes(**sizes: object) -> None:
+def check_sizes(**sizes: object) -> None:
+    """Check that sizes, by name, are positive integers.
+
+    Raises:
+        ShapeError: if one is not.
+    """
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ShapeError(
@@ -117,9 +126,18 @@ def _device_type(device: str | torch.device) -> str:
         ) from None
 
 
-def _answer(
+def compatibility(
     config: MechanismConfig, call: CallFacts, grid: tuple[int, ...], text: Text, heads: int
 ) -> Compatibility:
+    """Say whether a config takes a call, and why not.
+
+    Args:
+        config: The config.
+        call: The call's tensors.
+        grid: Token grid.
+        text: Text tokens around it.
+        heads: Number of query heads.
+    """
     outcome = call_supported(call, capabilities_of(config)) or choose(
         config, grid, text.before, text.after, heads
     )
@@ -134,4 +152,5 @@ def _answer(
         ok=True,
         density=outcome.density,
         predicted_gain=outcome.predicted_gain,
+        tile=outcome.tile,
     )

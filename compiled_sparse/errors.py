@@ -38,6 +38,10 @@ class UnknownMechanismError(CompiledSparseError, ValueError):
     """A mechanism name is not one of the registered names."""
 
 
+class UnknownModelError(CompiledSparseError, ValueError):
+    """A model or chip name is not one that is described here."""
+
+
 class UnknownOptionError(CompiledSparseError, ValueError):
     """`torch.compile(..., options=...)` holds a key nobody knows."""
 
@@ -72,6 +76,10 @@ class AttachError(CompiledSparseError, ValueError):
 
 class CheckpointError(CompiledSparseError, ValueError):
     """Names or shapes of a checkpoint do not fit the model, or each other."""
+
+
+class CalibrationError(CompiledSparseError, ValueError):
+    """A file of losses or of chosen windows is damaged, foreign or incomplete, or does not fit."""
 
 
 class MissingGridError(CompiledSparseError, ValueError):

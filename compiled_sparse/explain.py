@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_sparse.compiling import compiled_apart
+from compiled_sparse.compiling import plain
 from compiled_sparse.errors import ConfigError
+from compiled_sparse.errors import StrictRewriteError
 from compiled_sparse.metadata import current_call
 from compiled_sparse.metadata import current_layout
 from compiled_sparse.passes import SparseAttentionPass
@@ -24,10 +26,7 @@ from compiled_sparse.report import Decision
 from compiled_sparse.report import Report
 from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
-
-# Each call has a backend of its own and would use up the model's recompile limit, shared with the
-# user's own torch.compile.
-_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+from compiled_sparse.strict import strict_errors
 
 
 def explain(
@@ -64,6 +63,7 @@ def explain(
     sources = current_sources(as_policy(policy))
     step_is_known = current_call().step is not None
     decisions: list[Decision] = []
+    problems: list[str] = []
     num_graphs = 0
 
     def analyse(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -78,34 +78,18 @@ def explain(
             rewrite=False,
             sparsity=current_call().sparsity,
         )
-        decisions.extend(analysis(clone_dynamo_graph(graph)))
+        found = analysis(clone_dynamo_graph(graph))
+        decisions.extend(found)
+        problems.extend(map(_in_a_line, strict_errors(found, sources, modules)))
         outputs = _output_values(graph)
         return lambda *_: [_zeros(value) for value in outputs]
 
-    _compiled_apart(_plain(model), analyse)(*args, **kwargs)
-    return Report(tuple(decisions), max(num_graphs, 1))
+    compiled_apart(plain(model), analyse)(*args, **kwargs)
+    return Report(tuple(decisions), max(num_graphs, 1), tuple(problems))
 
 
-def _compiled_apart(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    """Compile a model without counting as one of its recompilations."""
-    if _CAN_ISOLATE:
-        options: dict[str, Any] = {"isolate_recompiles": True}
-        return torch.compile(model, backend=backend, **options)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    # Before torch 2.13 the limit belongs to the code object, so each call gets its own. What the
-    # model runs behind a graph break still counts.
-    call.__code__ = call.__code__.replace()
-    return torch.compile(call, backend=backend)
-
-
-def _plain(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what `torch.compile(model)` or `model.compile()` was made from."""
-    original: Callable[..., Any] = getattr(model, "_orig_mod", model)
-    is_compiled = getattr(original, "_compiled_call_impl", None) is not None
-    return getattr(original, "_call_impl", original) if is_compiled else original
+def _in_a_line(error: StrictRewriteError) -> str:
+    return f"{error.problem}: {error.got}. Next: {error.next_step}"
 
 
 def _output_values(graph: fx.GraphModule) -> list[Any]:

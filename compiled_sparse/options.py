@@ -12,6 +12,7 @@ import torch
 from compiled_sparse.errors import UnknownOptionError
 from compiled_sparse.guard import Guard
 from compiled_sparse.guard import as_guard
+from compiled_sparse.passes.probe import Probe
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import as_policy
 
@@ -29,6 +30,7 @@ class BackendOptions:
         inductor: Inductor config patches, `mode` included.
         strict: Raise where a call that should be sparse stays dense.
         guard: What to check on the first calls, if anything.
+        probe: What to measure beside dense attention instead of anything else; a calibration's.
     """
 
     policy: Policy
@@ -36,6 +38,7 @@ class BackendOptions:
     inductor: Mapping[str, Any]
     strict: bool
     guard: Guard | None = None
+    probe: Probe | None = None
 
     @property
     def is_automatic(self) -> bool:
@@ -62,6 +65,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     inner = given.pop("inner", "inductor")
     strict = given.pop("strict", False)
     guard = as_guard(given.pop("guard", None))
+    probe = given.pop("probe", None)
     mode = given.pop("mode", None) or mode
     if not isinstance(strict, bool):
         raise UnknownOptionError(
@@ -78,7 +82,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             next_step='pass options={"inner": "inductor"}',
         )
     patches = {**_mode_patches(mode), **_inductor_patches(given)}
-    return BackendOptions(policy, inner, patches, strict, guard)
+    return BackendOptions(policy, inner, patches, strict, guard, probe)
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Chosen:
 class OpCall(NamedTuple):
     """One call of a mechanism's op: `op(q, k, v, key_mask, *arguments, *runtime, scale)`.
 
-    Args:
+    Attributes:
         op: The op, returning the output and the log-sum-exp.
         arguments: Its static arguments; sizes may be symbolic, or graph nodes.
         runtime_inputs: Names among `RUNTIME_INPUTS` and `OPTIONAL_INPUTS` of the tensors that

@@ -6,9 +6,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
 from typing import Any
 
+from compiled_sparse.config import MechanismConfig
 from compiled_sparse.reasons import REASONS
 
 REPORT_VERSION = 1
@@ -37,9 +42,12 @@ class Decision:
         text_before: Text tokens in front of the video.
         text_after: Text tokens behind it.
         layout_origin: "graph", "metadata" or "attach", where a layout is known.
+        layer: Index among the video attention layers of the model, where the graph shows it.
         dynamic: Whether a size of the layout is symbolic; the numbers are then examples.
         density: Fraction of (query, key) pairs attended, counted; 1.0 for dense calls.
         predicted_gain: Predicted speed-up of this call over dense attention; 1.0 for dense calls.
+        config: The chosen config itself, for pictures; None for dense calls. It is no part of the
+            JSON and of comparisons: `mechanism` is its text.
     """
 
     path: str
@@ -58,9 +66,11 @@ class Decision:
     text_before: int = 0
     text_after: int = 0
     layout_origin: str = ""
+    layer: int | None = None
     dynamic: bool = False
     density: float = 1.0
     predicted_gain: float = 1.0
+    config: MechanismConfig | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_sparse(self) -> bool:
@@ -75,10 +85,12 @@ class Report:
     Args:
         sites: One decision per call.
         num_graphs: Number of graphs the model was compiled into; more than one means graph breaks.
+        strict_problems: What `strict` would raise, one line each.
     """
 
     sites: tuple[Decision, ...]
     num_graphs: int = 1
+    strict_problems: tuple[str, ...] = ()
 
     @property
     def num_sparse(self) -> int:
@@ -100,12 +112,32 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values, with a version."""
-        sites = [dataclasses.asdict(site) for site in self.sites]
-        return {"version": REPORT_VERSION, "num_graphs": self.num_graphs, "sites": sites}
+        return {
+            "version": REPORT_VERSION,
+            "num_graphs": self.num_graphs,
+            "strict_problems": list(self.strict_problems),
+            "sites": [_plain(site) for site in self.sites],
+        }
 
     def to_json(self) -> str:
         """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML page that needs nothing else; needs matplotlib.
+
+        Args:
+            path: File to write; a folder that is missing is made.
+
+        Returns:
+            The absolute path of the page.
+
+        Raises:
+            MissingExtraError: if there is a pattern to draw and matplotlib is not installed.
+        """
+        from compiled_sparse.report_page import write_page
+
+        return write_page(self, path)
 
     def notes(self) -> list[str]:
         """Return one line per schedule, and one per origin that overrides the options."""
@@ -138,10 +170,7 @@ class Report:
         rows = self.rows()
         lines = [self.summary()]
         if rows:
-            titles = list(rows[0])
-            widths = {t: max(len(t), *(len(row[t]) for row in rows)) for t in titles}
-            lines.append("  ".join(title.ljust(widths[title]) for title in titles).rstrip())
-            lines += ["  ".join(row[t].ljust(widths[t]) for t in titles).rstrip() for row in rows]
+            lines += aligned(rows)
         lines += self.notes()
         seen = _counts(site.reason for site in self.sites if site.reason)
         lines += [f"{reason}: {REASONS[reason]}" for reason in seen]
@@ -169,12 +198,30 @@ class Report:
             yield Line.assemble((reason, "bold"), f": {REASONS[reason]}")
 
 
+def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the lines of a plain-text table, titles first.
+
+    Args:
+        rows: At least one mapping from column title to text, all with the same titles.
+    """
+    titles = list(rows[0])
+    widths = {t: max(len(t), *(len(row[t]) for row in rows)) for t in titles}
+    cells = ({title: title for title in titles}, *rows)
+    return ["  ".join(row[t].ljust(widths[t]) for t in titles).rstrip() for row in cells]
+
+
 _OVERRIDES = {
     "force": "from cs.force",
     "environment": "from COMPILED_SPARSE_BACKEND",
     "module": "from the module itself",
 }
 _TABLE_TITLES = ("site", "kind", "q/k length", "decision", "density", "gain")
+
+
+def _plain(site: Decision) -> dict[str, Any]:
+    values = dataclasses.asdict(dataclasses.replace(site, config=None))
+    del values["config"]
+    return values
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

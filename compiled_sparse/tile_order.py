@@ -59,22 +59,22 @@ class TileOrder:
     @property
     def num_tiles(self) -> tuple[int, ...]:
         """Number of tiles along each axis, partial ones included; see `total_num_tiles`."""
-        return self._layout.tiles_per_axis
+        return self.layout.tiles_per_axis
 
     @property
     def total_num_tiles(self) -> int:
         """Number of tiles n: the product of `num_tiles`."""
-        return self._layout.num_blocks
+        return self.layout.num_blocks
 
     @property
     def total_seq_length(self) -> int:
         """Number of tokens L, without padding."""
-        return self._layout.num_tokens
+        return self.layout.num_tokens
 
     @property
     def max_block_size(self) -> int:
         """Slots of one tile in the padded order: the tile's volume, also if no tile is full."""
-        return self._layout.block_size
+        return self.layout.block_size
 
     @cached_property
     def tile_partition_indices(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class TileOrder:
     @property
     def variable_block_sizes(self) -> tuple[int, ...]:
         """Tokens of each tile; length n."""
-        return self._layout.block_sizes
+        return self.layout.block_sizes
 
     @cached_property
     def non_pad_index(self) -> tuple[int, ...]:
@@ -120,7 +120,8 @@ class TileOrder:
         return num_selected(self.total_num_tiles, sparsity)
 
     @cached_property
-    def _layout(self) -> BlockLayout:
+    def layout(self) -> BlockLayout:
+        """The same grid and tile, as the rest of this package holds them."""
         return BlockLayout(self.grid_thw, self.tile_thw)
 
     def _offsets(self) -> list[list[range]]:

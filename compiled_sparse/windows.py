@@ -23,8 +23,8 @@ class WindowTable:
 
     Args:
         windows: The different windows in tiles per axis, all with the same number of axes.
-        choice: Indices into `windows`, nested [steps][layers][heads]. A dimension of size 1 holds
-            for all; a step or layer past the end has the last row.
+        choice: Indices into `windows`, nested `[steps][layers][heads]`. A dimension of size 1
+            holds for all; a step or layer past the end has the last row.
 
     Raises:
         ConfigError: if a window is not made of positive integers, or the table is ragged, empty or

@@ -94,3 +94,14 @@ def importable_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "moving_shapes"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def loaded_entries() -> Iterator[None]:
+    """Take back what loading functions named on the command line adds, as a process's end does."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if "_entry" in name:
+            del sys.modules[name]

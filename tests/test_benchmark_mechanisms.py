@@ -14,6 +14,7 @@ from benchmarks import mechanisms
 from benchmarks import timing
 from benchmarks.mechanisms import Case
 from compiled_sparse.block_lists import BlockLists
+from compiled_sparse.flex import has_full_blocks
 from compiled_sparse.layout import BlockLayout
 from compiled_sparse.pattern import sta_density
 
@@ -74,7 +75,7 @@ def test_every_case_leaves_out_about_nine_tenths_in_full_blocks(case: Case) -> N
     q, k = mechanisms._inputs(mechanisms.GRID)[:2]
     lists = mechanisms.block_lists(case.config, q, k, grid_thw=mechanisms.GRID)
     assert lists is not None
-    assert not isinstance(lists, BlockLists) or mechanisms._is_full(lists)
+    assert not isinstance(lists, BlockLists) or has_full_blocks(lists)
     most = 0.25 if case is mechanisms.CASES["VMoBA, temporal"] else 0.12
     assert 0.09 < lists.density <= most
 

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measured import measured
 
 from compiled_sparse import cli
 from compiled_sparse import config
 from compiled_sparse import registry
 from compiled_sparse import selector
+from compiled_sparse.calibration import save_measurements
 from compiled_sparse.config import STA
 from compiled_sparse.config import SWBA
 from compiled_sparse.environment import ALIASES
+from compiled_sparse.plan_configs import SPARSITY
 from compiled_sparse.quality import LEVELS
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+API = DOCS / "api"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION = (
     ROOT / "README.md",
     *(
@@ -31,6 +36,9 @@ README, START, REPORT, ENVIRONMENT, STA_PAGE, SWBA_PAGE, POLICY_PAGE, MIGRATION 
     ),
 )
 MECHANISMS = ROOT / "docs" / "mechanisms.md"
+PLAN = ROOT / "docs" / "plan.md"
+RECIPES = DOCS / "recipes.md"  # its blocks are `py`, run by tests/models/test_recipes.py
+OTHER_LANGUAGES = {"sh", "toml"}
 
 
 @cache
@@ -39,6 +47,18 @@ def snippets(page: Path) -> list[tuple[int, str]]:
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def name_of(page: Path) -> str:
+    """Where a page is in the repository."""
+    return str(page.relative_to(ROOT))
+
+
+def languages(page: Path) -> list[str]:
+    """The languages of all fenced blocks of a page, however they are indented or quoted."""
+    fences = re.findall(r"^[ >]*(?:```|~~~)+ *(.*)$", page.read_text("utf-8"), re.MULTILINE)
+    assert not any(fences[1::2]), f"{page.name}: a block ends with something behind its fence"
+    return fences[::2]
 
 
 def execute(page: Path, line: int, source: str, namespace: dict[str, Any]) -> None:
@@ -62,7 +82,9 @@ def table_rows(page: Path, first_cell: str) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=() if page in (README, START) else pytest.mark.slow, id=page.name)
+        pytest.param(
+            page, marks=() if page in (README, START) else pytest.mark.slow, id=name_of(page)
+        )
         for page in PAGES
         if snippets(page)
     ],
@@ -79,6 +101,15 @@ def test_every_snippet_of_a_page_runs(
         execute(page, line, source, namespace)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_python_is_one_that_is_run(page: Path) -> None:
+    found = [language for language in languages(page) if language not in OTHER_LANGUAGES]
+    if page == RECIPES:
+        assert set(found) == {"py"}
+    else:
+        assert found == ["python"] * len(snippets(page))
+
+
 def test_the_readme_fits_one_screen_and_shows_six_lines_of_code() -> None:
     ((_, source),) = snippets(README)
     assert len(source.replace("\n\n", "\n").splitlines()) == 6
@@ -91,7 +122,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
@@ -104,7 +135,14 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
-    assert all(f"(docs/{page.name})" in text for page in PAGES if page != README)
+    pages = {page for page in PAGES if page != README and page.parent != API} | {API / "index.md"}
+    assert {name for name in map(name_of, pages) if f"({name})" not in text} == set()
+
+
+def test_every_page_of_names_is_linked_from_their_first_page() -> None:
+    text = (API / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in PAGES if page.parent == API} - {"index.md"}
+    assert {name for name in pages if f"({name})" not in text} == set()
 
 
 def test_the_report_page_lists_every_reason_code_with_its_meaning() -> None:
@@ -156,6 +194,23 @@ def test_the_policy_page_shows_the_numbers_of_the_quality_levels() -> None:
         )
         for name, level in LEVELS.items()
     }
+
+
+def test_the_plan_page_shows_the_shares_that_the_code_counts() -> None:
+    table = runpy.run_path(str(ROOT / "tools" / "share_table.py"))
+    assert table_rows(PLAN, table["TITLES"][0]) == table["rows"]()
+    assert f"sparsity of {SPARSITY}" in PLAN.read_text(encoding="utf-8")
+
+
+def plan_page_commands() -> list[str]:
+    """The arguments of each `compiled-sparse plan` on its page."""
+    text = PLAN.read_text("utf-8")
+    return re.findall(r"^compiled-sparse (plan .*?) *(?:#.*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", plan_page_commands())
+def test_a_command_of_the_plan_page_succeeds(command: str) -> None:
+    assert cli.main(command.split()) == 0
 
 
 def test_the_pages_list_every_name_of_fastvideo() -> None:
@@ -210,6 +265,32 @@ def plot_commands() -> list[str]:
 def test_a_plot_command_of_the_mechanisms_page_draws(command: str, tmp_path: Path) -> None:
     assert cli.main([*command.split(), "--output", str(tmp_path / "pattern.png")]) == 0
     assert (tmp_path / "pattern.png").stat().st_size > 10_000
+
+
+def report_page_plots() -> list[str]:
+    """The arguments of each plot command on the page of the report."""
+    return re.findall(r"^compiled-sparse (plot .*)$", REPORT.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", report_page_plots())
+def test_a_plot_command_of_the_report_page_draws_its_picture(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_measurements(measured(), "measured.json")
+    assert cli.main(command.split()) == 0
+    picture = command.split()[-1]
+    assert (tmp_path / picture).stat().st_size > 10_000
+    assert f"(images/{picture})" in REPORT.read_text("utf-8")
+    assert (REPORT.parent / "images" / picture).stat().st_size < 100_000
+
+
+def test_the_report_page_draws_an_order_a_policy_and_measurements() -> None:
+    assert [command.split()[1] for command in report_page_plots()] == [
+        "--order",
+        "--policy",
+        "--measurements",
+    ]
 
 
 def test_the_mechanisms_page_has_a_section_and_a_picture_of_every_mechanism() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 from unittest import mock
 
 import expecttest
@@ -25,6 +26,7 @@ from modules import video
 from torch import Tensor
 
 import compiled_sparse as cs
+from compiled_sparse.errors import StrictRewriteError
 from compiled_sparse.errors import UnknownMechanismError
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -172,6 +174,45 @@ def test_a_call_under_other_shapes_is_a_report_of_its_own() -> None:
     for grid in (GRID, (5, 7, 6)):
         report = cs.explain(model, *dit_inputs(grid), policy=POLICY)
         assert report.sites[0].grid_thw == grid
+
+
+FLAT = cs.STA(window_thw=(3, 3), tile_thw=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("policy", "own", "problem"),
+    [
+        (POLICY, None, ""),
+        (None, None, ""),
+        (FLAT, None, "2 attention calls the policy wants sparse stay dense"),
+        ({"blocks.0.*": FLAT, "*": "dense"}, None, "1 attention calls the policy wants sparse"),
+        ({"layers.*": POLICY}, None, "no rule of the policy matches any video attention call"),
+        ({"layers.*": "dense"}, None, ""),
+        (None, FLAT, "2 attention calls the policy wants sparse stay dense"),
+    ],
+)
+def test_the_report_notes_what_strict_raises(policy: Any, own: Any, problem: str) -> None:
+    model, inputs = TinyDiT(), dit_inputs()
+    if own is not None:
+        cs.attach(model, own)
+    report = cs.explain(model, *inputs, policy=policy)
+    compiled = compile_sparse(model, policy=policy, strict=True)
+    if not problem:
+        assert report.strict_problems == ()
+        compiled(*inputs)
+        return
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        compiled(*inputs)
+    error = caught.value.inner_exception
+    assert isinstance(error, StrictRewriteError)
+    assert report.strict_problems[0].startswith(problem)
+    assert report.strict_problems[0] == f"{error.problem}: {error.got}. Next: {error.next_step}"
+
+
+def test_each_call_knows_its_layer_and_its_config() -> None:
+    sites = cs.explain(TinyDiT(), *dit_inputs(), policy=POLICY).sites
+    assert [site.layer for site in sites if site.is_sparse] == [0, 1]
+    assert [site.config for site in sites] == [POLICY, None, POLICY, None]
 
 
 def test_an_unknown_policy_is_an_error_at_once() -> None:

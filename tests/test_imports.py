@@ -9,7 +9,7 @@ import textwrap
 
 import compiled_sparse as cs
 
-OPTIONAL = ("triton", "diffusers", "rich", "matplotlib", "transformers")
+OPTIONAL = ("triton", "diffusers", "rich", "matplotlib", "shtab", "transformers")
 
 BLOCK = """
 import sys

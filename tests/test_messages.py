@@ -5,12 +5,16 @@ A raise statement without a case here fails `test_every_error_has_a_case_for_its
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 from typing import ClassVar
 
+import calibration_cases
+import measuring_cases
 import pytest
 import torch
 from messages import Case
@@ -21,10 +25,17 @@ from modules import TinyDiT
 from modules import dit_inputs
 
 import compiled_sparse as cs
+from compiled_sparse import cli
 from compiled_sparse import errors
 from compiled_sparse import registry
 from compiled_sparse.checkpoints import load_with_gates
 from compiled_sparse.checkpoints import to_diffusers
+from compiled_sparse.chips import chip
+from compiled_sparse.cli import entry
+from compiled_sparse.cli import explain as explain_command
+from compiled_sparse.cli.compilers import InnerCompilerError
+from compiled_sparse.cli.compilers import require_inductor
+from compiled_sparse.cli.tune import tune_tiles
 from compiled_sparse.config import Auto
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.config import parse_spec
@@ -37,29 +48,49 @@ from compiled_sparse.mechanisms.block_selector import block_selector_mechanism
 from compiled_sparse.mechanisms.contract import build_metadata
 from compiled_sparse.mechanisms.sta import MECHANISM
 from compiled_sparse.options import parse_options
+from compiled_sparse.planning import PlanRequest
+from compiled_sparse.planning import plan
 from compiled_sparse.policy import as_policy
+from compiled_sparse.policy_density import policy_density
+from compiled_sparse.presets import geometry
 from compiled_sparse.sparsity import num_selected
 from compiled_sparse.sparsity import truncated_top_k
 
 MODULES = (
     "block_map",
     "checkpoints",
+    "chips",
+    "cli/attention_bench",
+    "cli/compilers",
+    "cli/mechanism",
+    "cli/plan",
+    "cli/plot",
+    "cli/tune",
     "config",
     "config_sla",
     "config_vmoba",
     "config_vsa",
     "environment",
     "export",
+    "flex",
+    "geometry",
     "guard",
     "policy",
     "metadata",
     "layout",
     "options",
+    "planning",
+    "policy_density",
+    "presets",
     "registry",
     "sparsity",
     "tile_order",
+    "cli/entry",
+    "cli/explain",
     "mechanisms/block_selector",
     "mechanisms/contract",
+    *calibration_cases.MODULES,
+    *measuring_cases.MODULES,
 )
 
 STRAY = EntryPoint("stb", f"{sta.__name__}:MECHANISM", registry.ENTRY_POINT_GROUP)
@@ -86,6 +117,33 @@ def exported(*, dynamic: bool = False) -> torch.export.ExportedProgram:
 def enter_metadata(**arguments: Any) -> None:
     with cs.metadata(**arguments):
         pass
+
+
+def run_command(*arguments: str) -> int:
+    """Run a command without catching its errors."""
+    parsed = cli.build_parser().parse_args(arguments)
+    status: int = parsed.run(parsed)
+    return status
+
+
+SMALL = ("--grid", "4", "4", "4", "--heads", "1", "--head-dim", "16")
+
+
+def require_inductor_without_a_compiler() -> None:
+    no_compiler = {"cpp.cxx": (None, "no-compiler"), "force_disable_caches": True}
+    with torch._inductor.config.patch(no_compiler):
+        require_inductor(otherwise="do without")
+
+
+def tune_without_a_gpu() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        tune_tiles(Path("tiles.json"))
+
+
+def explain_nothing() -> None:
+    no_arguments = dict.fromkeys(("entry", "policy", "grid", "text", "step", "num_steps", "html"))
+    explain_command.run(argparse.Namespace(demo=False, **no_arguments))
 
 
 LINEAR = torch.nn.Linear(2, 2, bias=False)
@@ -768,6 +826,62 @@ CASES = {
         "reshape x",
         lambda: cs.mean_pool(TOKENS[:, :, :0], 4),
     ),
+    "name of an entry": Case(
+        entry.EntryError,
+        "this names no function",
+        "'model.py'",
+        "FILE.py:FUNCTION or package.module:function",
+        "model.py:build",
+        lambda: entry.load_entry("model.py"),
+    ),
+    "file of an entry": Case(
+        entry.EntryError,
+        "there is no such file",
+        "nowhere.py",
+        "a Python file",
+        "check the path",
+        lambda: entry.load_entry("nowhere.py:build"),
+    ),
+    "module of an entry": Case(
+        entry.EntryError,
+        "there is no such module",
+        "nowhere",
+        "can be imported from here",
+        "FILE.py:FUNCTION",
+        lambda: entry.load_entry("nowhere.models:build"),
+    ),
+    "function of an entry": Case(
+        entry.EntryError,
+        "math has no function pi",
+        "float",
+        "a function that takes nothing",
+        "define pi() in math",
+        lambda: entry.load_entry("math:pi"),
+    ),
+    "entry that fails": Case(
+        entry.EntryError,
+        "math:sin failed",
+        "TypeError: math.sin() takes exactly one argument (0 given) (",
+        "runs to its end",
+        "correct it",
+        lambda: entry.load_entry("math:sin")(),
+    ),
+    "what an entry returns": Case(
+        entry.EntryError,
+        "time:time returned no model with its inputs",
+        "float",
+        "(model, kwargs) or (model, args, kwargs)",
+        "return the module",
+        lambda: entry.load_model("time:time"),
+    ),
+    "models to explain": Case(
+        errors.ConfigError,
+        "one model is explained at a time",
+        "no model",
+        "FILE.py:FUNCTION, or --demo",
+        "explain model.py:build",
+        explain_nothing,
+    ),
     "ratio of a map": Case(
         errors.MetadataError,
         "ratio is out of range",
@@ -775,6 +889,136 @@ CASES = {
         "a number from 0 to 1",
         "pass ratio as",
         lambda: truncated_top_k(10, 1.5),
+    ),
+    **calibration_cases.CASES,
+    **measuring_cases.CASES,
+    "size of a video": Case(
+        errors.LayoutError,
+        "wan2.1-t2v-14b has no token grid for this number of frames",
+        "frames=80",
+        "1 + a multiple of 4",
+        "frames=77 or 81",
+        lambda: geometry("wan2.1-t2v-14b").grid_thw(80),
+    ),
+    "plan for nothing": Case(
+        errors.ConfigError,
+        "a plan is for a model or for a shape",
+        "--model, --grid",
+        "or --grid, --heads and --head-dim",
+        "--list shows all models",
+        lambda: run_command("plan", "--model", "mochi-1", "--grid", "1", "2", "3"),
+    ),
+    "arguments of another picture": Case(
+        errors.ConfigError,
+        "these arguments are not for this picture",
+        "--query-tile, --window with --order",
+        "--grid, --tile",
+        "leave out --query-tile, --window",
+        lambda: run_command("plot", "--order", "--window", "1", "--query-tile", "1"),
+    ),
+    "a picture of too little": Case(
+        errors.ConfigError,
+        "this picture needs to know more of the model",
+        "--policy without --layers, --steps",
+        "--heads, --layers, --steps",
+        "add --layers N and --steps N",
+        lambda: run_command("plot", "--policy", "sta", "--heads", "2"),
+    ),
+    "densities of another grid": Case(
+        errors.ConfigError,
+        "the policy does not fit these calls",
+        "axes_mismatch (config has 3, grid has 2)",
+        "takes this grid",
+        "pass the grid and the heads of the model",
+        lambda: policy_density("sta", grid_thw=(8, 8), heads=1, layers=1, steps=1),
+    ),
+    "densities of one path": Case(
+        errors.ConfigError,
+        "do not tell one layer from another",
+        "'blocks'",
+        "{layer} in it",
+        "blocks.{layer}.attn1",
+        lambda: policy_density("sta", grid_thw=(8, 8), heads=1, layers=1, steps=1, paths="blocks"),
+    ),
+    "densities of other paths": Case(
+        errors.ConfigError,
+        "no rule of the policy that may make something sparse",
+        "rules for single.*; self calls at blocks.0.attn1 to blocks.1.attn1",
+        "a rule that matches some layer",
+        "pass the module paths of the model",
+        lambda: policy_density({"single.*": "sta"}, grid_thw=(8, 8, 8), heads=1, layers=2, steps=1),
+    ),
+    "two mechanisms": Case(
+        errors.ConfigError,
+        "--mechanism says all there is to say",
+        "--mechanism vsa and --tile",
+        "--mechanism, or --window and --tile",
+        "--mechanism sta:window_thw=3x3x3",
+        lambda: run_command("bench", "--mechanism", "vsa", "--tile", "1", "2", "3"),
+    ),
+    "nothing to time": Case(
+        errors.ConfigError,
+        "there is nothing sparse to time",
+        "dense: policy_dense",
+        "a mechanism that takes this grid",
+        "compiled-sparse plan",
+        lambda: run_command("bench", "--mechanism", "dense"),
+    ),
+    "chunks for flex": Case(
+        errors.ConfigError,
+        "flex_attention has no form of what this mechanism selects",
+        "vmoba:",
+        "lists key blocks for blocks of queries",
+        "leave --flex out",
+        lambda: run_command("bench", *SMALL, "--flex", "--mechanism", "vmoba"),
+    ),
+    "blocks for flex": Case(
+        errors.LayoutError,
+        "flex_attention takes full blocks only",
+        "grid (4, 4, 4) in blocks of (4, 4, 4) queries and (4, 4, 4) keys, text 0 + 3",
+        "blocks that divide the grid, and text of whole blocks",
+        "leave flex_attention out",
+        lambda: run_command("bench", *SMALL, "--flex", "--mechanism", "vsa", "--text", "0", "3"),
+    ),
+    "no compiler": Case(
+        InnerCompilerError,
+        "inductor does not work on this machine",
+        "no-compiler",
+        "a C++ compiler that inductor finds",
+        "apt install g++), or do without",
+        require_inductor_without_a_compiler,
+    ),
+    "tuning": Case(
+        errors.DeviceError,
+        "tiles are measured on a GPU, and there is none",
+        "torch.cuda.is_available() is False",
+        "a CUDA or ROCm device",
+        "the machine that the table is for",
+        tune_without_a_gpu,
+    ),
+    "rate of dense attention": Case(
+        errors.ConfigError,
+        "attention_tflops is no rate",
+        "0.0",
+        "a number above 0, in TFLOP/s",
+        "what dense attention reaches",
+        lambda: plan(PlanRequest(grid_thw=(4, 4, 4), heads=1, head_dim=64, attention_tflops=0.0)),
+    ),
+    "chip": Case(
+        errors.UnknownModelError,
+        "this chip is not known",
+        "'gtx1080'",
+        "one of a100, rtx4090",
+        "what dense attention reaches in TFLOP/s",
+        lambda: chip("gtx1080"),
+    ),
+    "published model": Case(
+        errors.UnknownModelError,
+        "the geometry of this model is not known",
+        "'wan3'",
+        "wan2.1-t2v-1.3b, wan2.1-t2v-14b",
+        "give grid, heads and head size yourself",
+        lambda: geometry("wan3"),
     ),
 }
 

@@ -226,6 +226,7 @@ def draw(**changes: Any) -> Path:
     return plot_pattern(**{**arguments, **changes})
 
 
+MODULES = ("plots/__init__", "plots/drawing", "plots/files", "plots/pattern")
 CASES = {
     "auto": Case(
         errors.ConfigError,
@@ -259,6 +260,22 @@ CASES = {
         "larger tiles",
         lambda: draw(config=cs.STA(tile_thw=(1, 1, 1)), grid_thw=(6, 20, 50)),
     ),
+    "suffix": Case(
+        errors.ConfigError,
+        "suffix of a picture's path is no known format",
+        "pattern.gif",
+        ".png, .svg, .pdf",
+        "picture.png",
+        lambda: draw(path="pattern.gif"),
+    ),
+    "folder": Case(
+        errors.ConfigError,
+        "the picture cannot be written",
+        "File exists",
+        "a folder that may be written to",
+        "choose another path",
+        lambda: draw(path=Path(__file__, "pattern.png")),
+    ),
     "query tile": Case(
         errors.LayoutError,
         "query_tile is not on the grid of tiles",
@@ -276,19 +293,32 @@ def test_a_message_says_what_got_expected_and_next(case: Case) -> None:
 
 
 def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = raised_at(CASES.values())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     case = Case(
         errors.MissingExtraError,
-        "drawing a pattern needs the optional package 'matplotlib'",
+        "drawing a picture needs the optional package 'matplotlib'",
         "import matplotlib failed",
         "matplotlib installed",
         "compiled_sparse[plots]",
         draw,
     )
     assert_wording(case)
-    assert raise_statements(("plots/__init__", "plots/drawing", "plots/pattern")) == raised_at(
-        (*CASES.values(), case)
+    assert raise_statements(MODULES) == reached | raised_at((case,))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")]
+)
+def test_the_suffix_says_the_format_and_equal_pictures_are_equal_bytes(
+    suffix: str, start: bytes, tmp_path: Path
+) -> None:
+    config = cs.STA(tile_thw=(2, 4, 4))
+    first, second = (
+        plot_pattern(config, (4, 8, 8), path=tmp_path / f"{name}{suffix}") for name in "ab"
     )
+    assert first.read_bytes().startswith(start)
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_importing_the_module_does_not_import_matplotlib() -> None:

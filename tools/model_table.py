@@ -153,7 +153,7 @@ def _line(row: Row, way: Row, notes: list[str]) -> str:
         f"{way['dense_graphs']}/{way['graphs']}",
         _error(way["exact_error"]),
         _error(way["narrow_error"]),
-        " ".join(dict.fromkeys(marks)),
+        ", ".join(dict.fromkeys(marks)),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

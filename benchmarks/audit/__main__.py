@@ -16,6 +16,7 @@ from benchmarks.audit.cases import all_cases
 from benchmarks.audit.cases import quick_cases
 from benchmarks.audit.chunk_cases import chunk_cases
 from benchmarks.audit.chunk_cases import quick_chunk_cases
+from benchmarks.audit.fingerprint import fingerprint
 from benchmarks.audit.report import audit
 
 COLUMNS = (
@@ -50,8 +51,9 @@ def main() -> int:
 def _document(records: list[dict[str, Any]]) -> str:
     """One record per line, so that a difference between two documents is readable."""
     versions = f'"triton": "{triton.__version__}", "torch": "{torch.__version__}"'
+    sources = f'"fingerprint": "{fingerprint()}"'
     lines = ",\n".join(map(json.dumps, records))
-    return f'{{{versions}, "kernels": [\n{lines}\n]}}\n'
+    return f'{{{versions}, {sources}, "kernels": [\n{lines}\n]}}\n'
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiled_sparse.geometry import whole_gain
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest accepted relative error: the rounding of a few layers in that dtype."""
 
@@ -74,7 +76,7 @@ class Timing:
         own, so that noise may make it longer than the whole model; it counts for at most that.
         """
         share = min(self.dense_attention / self.dense, 1.0)
-        return 1.0 / (1.0 - share * (1.0 - self.density))
+        return whole_gain(share, 1.0 / self.density)
 
 
 def medians(

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 import compiled_sparse as cs
+from compiled_sparse.cli.compilers import inductor_failure
+from compiled_sparse.cli.compilers import require_inductor
 from compiled_sparse.cli.measure import Agreement
 from compiled_sparse.cli.measure import Timing
 from compiled_sparse.cli.measure import compare
@@ -22,16 +23,11 @@ from compiled_sparse.cli.measure import medians
 from compiled_sparse.cli.screen import Steps
 from compiled_sparse.cli.wan import DemoModel
 from compiled_sparse.cli.wan import build_model
-from compiled_sparse.errors import CompiledSparseError
 from compiled_sparse.ops import cpu
 from compiled_sparse.plots import plot_pattern
 from compiled_sparse.report import Report
 
 RESULT_VERSION = 1
-
-
-class InnerCompilerError(CompiledSparseError, RuntimeError):
-    """The inner compiler that was asked for does not work on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,22 +169,10 @@ def _working_inner(asked: str | None) -> str:
     """Return the inner compiler: the one asked for, or the best that works."""
     if asked not in (None, "inductor"):
         return str(asked)
-    try:
-        torch.compile(_add_one, backend="inductor")(torch.zeros(7))
-    except BackendCompilerFailed as error:
-        if asked is None:
-            return "eager"
-        raise InnerCompilerError(
-            "inductor does not work on this machine",
-            got=str(error).partition("\n")[0],
-            expected="a C++ compiler that inductor finds",
-            next_step="install one (Debian: apt install g++), or pass --inner eager",
-        ) from error
+    if asked is None:
+        return "eager" if inductor_failure() else "inductor"
+    require_inductor(otherwise="pass --inner eager")
     return "inductor"
-
-
-def _add_one(value: torch.Tensor) -> torch.Tensor:
-    return value + 1
 
 
 def _build(settings: Settings) -> DemoModel:

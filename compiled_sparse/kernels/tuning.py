@@ -129,6 +129,17 @@ def demanding(kernel: str, tile: Tile) -> Iterator[None]:
 _demanded: dict[str, Tile] = {}
 
 
+def describe(chip: str) -> dict[str, str]:
+    """Say which table is in use, what it says of a chip, and where that is from."""
+    record = _document()["chips"][chip]
+    return {
+        "table": str(_path()),
+        "chip": chip,
+        "source": str(record["source"]),
+        "boxes": "yes" if wants_boxes(chip) else "no",
+    }
+
+
 @functools.cache
 def _chips_with_boxes() -> frozenset[str]:
     return frozenset(chip for chip, record in _document()["chips"].items() if record.get("boxes"))
@@ -136,9 +147,12 @@ def _chips_with_boxes() -> frozenset[str]:
 
 @functools.cache
 def _document() -> dict[str, Any]:
-    path = Path(os.environ.get(TABLE_VARIABLE) or SHIPPED)
-    document: dict[str, Any] = json.loads(path.read_text())
+    document: dict[str, Any] = json.loads(_path().read_text())
     return document
+
+
+def _path() -> Path:
+    return Path(os.environ.get(TABLE_VARIABLE) or SHIPPED)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ def dense_decision(
         decision="dense",
         reason=outcome.reason,
         detail=outcome.detail,
+        layer=facts.layer,
         **_source(wanted),
         **_facts(site),
     )
@@ -59,15 +60,18 @@ def sparse_decision(
         chosen: The mechanism.
         wanted: What was asked for it.
     """
+    config = chosen.config.resolved(chosen.tile)
     return Decision(
         kind=facts.kind,
         decision="sparse",
-        mechanism=chosen.config.resolved(chosen.tile).describe(),
+        mechanism=config.describe(),
+        config=config,
         detail=chosen.detail,
         grid_thw=layout.grid_hint,
         text_before=hint(layout.text_before),
         text_after=hint(layout.text_after),
         layout_origin=layout.origin,
+        layer=facts.layer,
         dynamic=not is_static(layout),
         density=chosen.density,
         predicted_gain=chosen.predicted_gain,

@@ -1,4 +1,4 @@
-"""Pictures of attention patterns. Needs matplotlib, draws without a display.
+"""Pictures of patterns, tile orders, policies and measurements. Needs matplotlib, and no display.
 
 from compiled_sparse.plots import plot_pattern
 plot_pattern(STA(window_thw=(3, 3, 3)), (21, 30, 52), path="pattern.png")
@@ -6,7 +6,9 @@ plot_pattern(STA(window_thw=(3, 3, 3)), (21, 30, 52), path="pattern.png")
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,9 +17,34 @@ from compiled_sparse.config_vmoba import VMoBA
 from compiled_sparse.errors import ConfigError
 from compiled_sparse.layout import Text
 from compiled_sparse.plots.chunks import chunk_pattern
+from compiled_sparse.plots.density_drawing import draw_density
 from compiled_sparse.plots.drawing import draw
+from compiled_sparse.plots.errors_drawing import draw_errors
+from compiled_sparse.plots.files import picture_bytes
+from compiled_sparse.plots.files import picture_path
+from compiled_sparse.plots.files import write_picture
+from compiled_sparse.plots.order import OrderMap
+from compiled_sparse.plots.order_drawing import draw_order
+from compiled_sparse.plots.pattern import Pattern
 from compiled_sparse.plots.pattern import View
 from compiled_sparse.plots.pattern import pattern_of
+
+if TYPE_CHECKING:
+    from compiled_sparse.calibration.by_density import ErrorsByDensity
+    from compiled_sparse.policy_density import PolicyDensity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A pattern, drawn.
+
+    Args:
+        png: The picture as a PNG file.
+        title: What it shows, in words.
+    """
+
+    png: bytes
+    title: str
 
 
 def plot_pattern(
@@ -45,7 +72,7 @@ def plot_pattern(
         config: `Dense()`, or any mechanism, also one of another package whose kernel takes lists
             of blocks. Of a schedule by layers the first sparse layer is drawn.
         grid_thw: Token grid after patching, one to three axes.
-        path: File to write; its suffix chooses the format, such as .png, .svg or .pdf.
+        path: File to write; its suffix chooses the format, .png, .svg or .pdf.
         text: Text tokens around the video.
         query_tile: Position of the query block, in blocks per axis; the middle one by default.
             Blocks that are runs of the sequence have one axis. Of `VMoBA`, where every query
@@ -60,20 +87,107 @@ def plot_pattern(
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
-        ConfigError: if the config has no pattern, or none for this head, or one of `q` and `k` is
-            missing.
+        ConfigError: if the config has no pattern, or none for this head, one of `q` and `k` is
+            missing, or the path is not one of a picture or cannot be written to.
         LayoutError: if grid, tile and query tile do not fit, or there are too many blocks to draw.
     """
+    target = picture_path(path)
     view = View(tuple(grid_thw), text or Text(), query_tile, head, _both(q, k), seed)
-    if isinstance(config, VMoBA):
-        pattern = chunk_pattern(config, view)
-    else:
-        pattern = pattern_of(config, view)
-    figure = draw(pattern)
-    target = Path(path).expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    return target
+    return write_picture(draw(pattern_in(config, view)), target)
+
+
+def plot_tile_order(order: OrderMap, *, path: str | Path) -> Path:
+    """Draw the order in which blocks are numbered and tokens are listed tile by tile.
+
+    On the left the tokens of the first tile with their places in the list. On the right a frame of
+    each layer of tiles: the tiles with their numbers, the lighter the later, those that the border
+    cuts off hatched.
+
+    Args:
+        order: What `compiled_sparse.plots.order.order_map` returned.
+        path: File to write; its suffix chooses the format, .png, .svg or .pdf.
+
+    Returns:
+        The absolute path of the picture.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        ConfigError: if the path is not one of a picture, or cannot be written to.
+    """
+    target = picture_path(path)
+    return write_picture(draw_order(order), target)
+
+
+def plot_density(table: PolicyDensity, *, path: str | Path) -> Path:
+    """Draw a heat map of the densities of a policy, layers by steps.
+
+    Args:
+        table: What `compiled_sparse.policy_density.policy_density` returned.
+        path: File to write; its suffix chooses the format, .png, .svg or .pdf.
+
+    Returns:
+        The absolute path of the picture.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        ConfigError: if the path is not one of a picture, or cannot be written to.
+    """
+    target = picture_path(path)
+    return write_picture(draw_density(table), target)
+
+
+def plot_errors(errors: ErrorsByDensity, *, path: str | Path) -> Path:
+    """Draw measured errors: against density, and layer by layer.
+
+    On the left a point for each candidate, and a curve through the policies that `fit` makes of all
+    of them. Their predicted gain is that of a single mechanism at the density where they stand.
+    On the right a line for each candidate over the layers.
+
+    Args:
+        errors: What `compiled_sparse.calibration.errors_by_density` returned.
+        path: File to write; its suffix chooses the format, .png, .svg or .pdf.
+
+    Returns:
+        The absolute path of the picture.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        ConfigError: if the path is not one of a picture, or cannot be written to.
+    """
+    target = picture_path(path)
+    return write_picture(draw_errors(errors), target)
+
+
+def pattern_picture(
+    config: MechanismConfig, grid_thw: tuple[int, ...], text: Text | None = None
+) -> Picture:
+    """Draw the picture of `plot_pattern` in memory, seen from the middle block of the first head.
+
+    Args:
+        config: As for `plot_pattern`.
+        grid_thw: Token grid after patching, one to three axes.
+        text: Text tokens around the video.
+
+    Returns:
+        The picture; the same arguments give the same bytes.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        ConfigError: if the config has no pattern.
+        LayoutError: if the grid does not fit, or there are too many blocks to draw.
+    """
+    pattern = pattern_in(config, View(tuple(grid_thw), text or Text()))
+    return Picture(png=picture_bytes(draw(pattern)), title=pattern.title)
+
+
+def pattern_in(config: MechanismConfig, view: View) -> Pattern:
+    """Return what `plot_pattern` draws.
+
+    Raises:
+        ConfigError: if the config has no pattern, or none for this head.
+        LayoutError: if grid, tile and query tile do not fit, or there are too many blocks to draw.
+    """
+    return chunk_pattern(config, view) if isinstance(config, VMoBA) else pattern_of(config, view)
 
 
 def _both(q: Tensor | None, k: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -53,13 +53,15 @@ def chunk_pattern(config: VMoBA, view: View) -> Pattern:
     mask[row] = torch.where(seen[query], SHOWN, HIDDEN)
     mark_text(mask, chunks, chunks)
     words = words_for(config, chunks.tile, view.head)
+    density = selection.of_head(view.head).density
     return Pattern(
         mask,
         row,
         _tokens(slots[seen[query]], query, chunks, view),
         chunks.tile if len(chunks.tile) == len(view.grid) else (),
         words,
-        title(config, words, view, selection.of_head(view.head).density),
+        density,
+        title(config, words, view, density),
     )
 
 

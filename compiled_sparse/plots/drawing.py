@@ -12,15 +12,15 @@ from compiled_sparse.plots.pattern import Pattern
 MAX_FRAMES = 24
 
 # Colours of Okabe and Ito, told apart with every kind of colour vision; greys for the rest.
-_HIDDEN = "#e9ecef"
-_VISIBLE = "#56b4e9"
-_QUERY = "#d55e00"
-_MASK = "#0072b2"
-_TEXT = "#009e73"
-_LINE = "#ffffff"
+HIDDEN = "#e9ecef"
+VISIBLE = "#56b4e9"
+QUERY = "#d55e00"
+MASK = "#0072b2"
+TEXT = "#009e73"
+LINE = "#ffffff"
 
-_SIZE = (12.0, 5.4)
-_SPLIT = (5.0, 7.0)
+SIZE = (12.0, 5.4)
+SPLIT = (5.0, 7.0)
 
 
 def draw(pattern: Pattern) -> Any:
@@ -30,7 +30,7 @@ def draw(pattern: Pattern) -> Any:
         MissingExtraError: if matplotlib is not installed.
     """
     figure = new_figure()
-    left, right = figure.subfigures(1, 2, width_ratios=_SPLIT, wspace=0.02)
+    left, right = figure.subfigures(1, 2, width_ratios=SPLIT, wspace=0.02)
     _draw_mask(left, pattern)
     draw_frames(right, pattern)
     figure.suptitle(pattern.title, fontsize=11)
@@ -47,21 +47,20 @@ def new_figure() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingExtraError("matplotlib", extra="plots", purpose="drawing a pattern") from None
-    figure = Figure(figsize=_SIZE, layout="constrained", facecolor="white")
+        raise MissingExtraError("matplotlib", extra="plots", purpose="drawing a picture") from None
+    figure = Figure(figsize=SIZE, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _draw_mask(panel: Any, pattern: Pattern) -> None:
     from matplotlib.colors import ListedColormap
-    from matplotlib.ticker import MaxNLocator
 
     rows, columns = pattern.mask.shape
     axes = panel.subplots()
     axes.imshow(
         pattern.mask.numpy(),
-        cmap=ListedColormap([_HIDDEN, _MASK, _QUERY, _TEXT]),
+        cmap=ListedColormap([HIDDEN, MASK, QUERY, TEXT]),
         vmin=0,
         vmax=3,
         interpolation="auto",
@@ -70,18 +69,25 @@ def _draw_mask(panel: Any, pattern: Pattern) -> None:
     )
     axes.set_title(f"Block mask: {pattern.words.mask}", fontsize=9)
     axes.set(xlabel="key block", ylabel="query block")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axes.xaxis, axes.yaxis)
     axes.annotate(
         f"{pattern.words.query}\non the right",
         xy=(1.0, 1 - (pattern.row + 0.5) / rows),
         xytext=(1.06, 1 - (pattern.row + 0.5) / rows),
         xycoords="axes fraction",
-        arrowprops={"arrowstyle": "-|>", "color": _QUERY, "shrinkA": 0, "shrinkB": 0},
-        color=_QUERY,
+        arrowprops={"arrowstyle": "-|>", "color": QUERY, "shrinkA": 0, "shrinkB": 0},
+        color=QUERY,
         fontsize=8,
         va="center",
     )
+
+
+def whole_numbers(*axes: Any) -> None:
+    """Have x or y axes show whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_frames(panel: Any, pattern: Pattern) -> None:
@@ -90,12 +96,11 @@ def draw_frames(panel: Any, pattern: Pattern) -> None:
 
     num_frames, height, width = three_axes(tuple(pattern.tokens.shape))
     frames = list(range(0, num_frames, -(-num_frames // MAX_FRAMES)))
-    columns = _columns(len(frames), width / height)
-    rows = -(-len(frames) // columns)
-    grid = panel.subplots(rows, columns, squeeze=False).ravel()
     classes = pattern.tokens.reshape(num_frames, height, width).numpy()
-    colours = ListedColormap([_HIDDEN, _VISIBLE, _QUERY])
-    for axes, frame in zip(grid, frames, strict=False):
+    colours = ListedColormap([HIDDEN, VISIBLE, QUERY])
+    for axes, frame in zip(
+        panels(panel, len(frames), height, width, SPLIT[1]), frames, strict=True
+    ):
         axes.imshow(
             classes[frame],
             cmap=colours,
@@ -109,26 +114,36 @@ def draw_frames(panel: Any, pattern: Pattern) -> None:
             axes.set_title(f"t = {frame}", fontsize=8, pad=2)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for axes in grid[len(frames) :]:
-        axes.set_axis_off()
     _draw_legend(panel, pattern)
 
 
-def _columns(num_frames: int, aspect: float) -> int:
-    """The number of columns that shows frames of this width per height largest."""
+def panels(panel: Any, num_frames: int, height: int, width: int, space: float) -> list[Any]:
+    """Return axes for frames, in the arrangement that shows them largest.
+
+    Args:
+        panel: The subfigure.
+        num_frames: How many frames there are.
+        height: Tokens of a frame from top to bottom.
+        width: Tokens of a frame from left to right.
+        space: Width of the subfigure in inches.
+    """
 
     def scale(columns: int) -> float:
         rows = math.ceil(num_frames / columns)
-        return min(_SPLIT[1] / (columns * aspect), 0.75 * _SIZE[1] / rows)
+        return min(space * height / (columns * width), 0.75 * SIZE[1] / rows)
 
-    return max(range(1, num_frames + 1), key=scale)
+    columns = max(range(1, num_frames + 1), key=scale)
+    grid = panel.subplots(-(-num_frames // columns), columns, squeeze=False).ravel()
+    for axes in grid[num_frames:]:
+        axes.set_axis_off()
+    return list(grid[:num_frames])
 
 
 def _draw_tile_borders(axes: Any, pattern: Pattern, height: int, width: int) -> None:
     if not pattern.tile:
         return
     _, down, across = three_axes(pattern.tile)
-    style = {"colors": _LINE, "linewidth": 0.7}
+    style = {"colors": LINE, "linewidth": 0.7}
     if len(pattern.tile) > 1:
         rows = [y - 0.5 for y in range(down, height, down)]
         axes.hlines(rows, -0.5, width - 0.5, **style)
@@ -140,10 +155,10 @@ def _draw_legend(panel: Any, pattern: Pattern) -> None:
     from matplotlib.patches import Patch
 
     entries = [
-        Patch(color=_QUERY, label=pattern.words.query),
-        Patch(color=_VISIBLE, label="keys it attends to"),
-        Patch(color=_HIDDEN, label=pattern.words.hidden),
+        Patch(color=QUERY, label=pattern.words.query),
+        Patch(color=VISIBLE, label="keys it attends to"),
+        Patch(color=HIDDEN, label=pattern.words.hidden),
     ]
     if pattern.has_text:
-        entries.append(Patch(color=_TEXT, label="text: seen by all, sees all"))
+        entries.append(Patch(color=TEXT, label="text: seen by all, sees all"))
     panel.legend(handles=entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

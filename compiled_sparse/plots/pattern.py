@@ -19,7 +19,7 @@ from compiled_sparse.layout import Text
 from compiled_sparse.layout import sequence_grid
 from compiled_sparse.ops.plan import block_tokens
 from compiled_sparse.plots.words import Words
-from compiled_sparse.plots.words import times
+from compiled_sparse.plots.words import tokens_on
 from compiled_sparse.plots.words import words_for
 from compiled_sparse.registry import mechanism_of
 from compiled_sparse.synthetic import made_up_tokens
@@ -41,6 +41,7 @@ class Pattern:
         tokens: uint8, shaped like the grid: `HIDDEN`, `SEEN`, and `SHOWN` for the query itself.
         tile: Sides of the tiles whose borders are drawn; empty for none.
         words: What to call things.
+        density: Fraction of (query, key) pairs that the head attends to.
         title: The title.
     """
 
@@ -49,6 +50,7 @@ class Pattern:
     tokens: Tensor
     tile: tuple[int, ...]
     words: Words
+    density: float
     title: str
 
     @property
@@ -92,6 +94,7 @@ def pattern_of(config: MechanismConfig, view: View) -> Pattern:
         _tokens(lists, query, view),
         lists.keys.tile if len(lists.keys.grid) == len(view.grid) else (),
         words,
+        density,
         title(config, words, view, density),
     )
 
@@ -226,10 +229,7 @@ def on_grid(tokens: Tensor, view: View) -> Tensor:
 
 def title(config: MechanismConfig, words: Words, view: View, density: float) -> str:
     """Return the title of a picture."""
-    text = view.text.before + view.text.after
-    (length,) = sequence_grid(view.grid, view.text.before, view.text.after)
-    tokens = f"{length:,} tokens" + (f", {text} of them text" if text else "")
-    what = f"{words.mechanism}, grid {times(view.grid)} ({tokens}): density {density:.3f}"
+    what = f"{words.mechanism}, grid {tokens_on(view.grid, view.text)}: density {density:.3f}"
     if _is_fixed(config):
         return what
     if view.qk is None:

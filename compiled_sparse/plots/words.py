@@ -15,6 +15,8 @@ from compiled_sparse.config_sla import SageSLA
 from compiled_sparse.config_vmoba import VMoBA
 from compiled_sparse.config_vsa import UNGATED
 from compiled_sparse.config_vsa import VSA
+from compiled_sparse.layout import Text
+from compiled_sparse.layout import sequence_grid
 from compiled_sparse.windows import Window
 
 HIDDEN = "not attended to"
@@ -52,6 +54,13 @@ def words_for(config: MechanismConfig, tile: tuple[int, ...], head: int) -> Word
 def times(extents: tuple[int, ...]) -> str:
     """Return extents as 2×6×8."""
     return "×".join(map(str, extents))
+
+
+def tokens_on(grid: tuple[int, ...], text: Text) -> str:
+    """Return a grid and the number of tokens in words."""
+    (length,) = sequence_grid(grid, text.before, text.after)
+    of_text = text.before + text.after
+    return f"{times(grid)} ({length:,} tokens" + f", {of_text:,} of them text" * (of_text > 0) + ")"
 
 
 def _dense(config: Dense, tile: tuple[int, ...], head: int) -> Words:

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.layout import Text
 from compiled_sparse.reference.attention import attention
-
-Padding = tuple[Tensor | None, Tensor | None]
-
-_HIDING_BIAS = -9000.0
+from compiled_sparse.reference.video_calls import VideoCalls
 
 
-class override(TorchFunctionMode):  # noqa: N801 - used like a function: with override(...)
+class override(VideoCalls):  # noqa: N801 - used like a function: with override(...)
     """Replace every self-attention over a given layout by the dense masked reference.
 
-    Calls to `scaled_dot_product_attention` whose queries and keys are both as long as the layout
-    run `reference.attention`; all other calls are left alone, and so are those the compiler would
-    leave dense: causal, with dropout, or with a mask that is not key padding. A mask is judged by
-    its content: boolean, or of 0 and one number below -9000; the same for every head; and either
-    the same for every query, or an outer product of valid queries and valid keys. Outputs of
-    queries that are not valid are 0. For eager code: to see what a compiled sparse model should
-    have computed. The calls count as layers 0, 1, ... of the config, so that one of these is for
-    one forward of a model.
+    See `VideoCalls` for which calls these are. Outputs of queries that are not valid are 0. For
+    eager code: to see what a compiled sparse model should have computed. The calls count as layers
+    0, 1, ... of the config, so that one of these is for one forward of a model.
 
     Args:
         config: The mechanism.
@@ -45,27 +34,14 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
         text: Text | None = None,
         step: int | None = None,
     ) -> None:
-        super().__init__()
-        self.step = step
+        super().__init__(grid_thw=grid_thw, text=text)
         self.config = config
-        self.grid_thw = grid_thw
-        self.text = text or Text()
-        self.num_replaced = 0
+        self.step = step
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Intercept attention calls; see the class."""
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        call = _bind(*args, **kwargs)
-        mask = self._padding(call)
-        if mask is None:
-            return func(*args, **kwargs)
-        layer = self.num_replaced
-        self.num_replaced += 1
-        keys, queries = mask
+    def replace(
+        self, call: dict[str, Any], keys: Tensor | None, queries: Tensor | None, layer: int
+    ) -> Tensor:
+        """Return what the reference gives for a call."""
         out = attention(
             call["query"],
             call["key"],
@@ -80,50 +56,3 @@ class override(TorchFunctionMode):  # noqa: N801 - used like a function: with ov
         )
         assert isinstance(out, Tensor)
         return out if queries is None else out.masked_fill(~queries[:, None, :, None], 0.0)
-
-    def _padding(self, call: dict[str, Any]) -> Padding | None:
-        """Valid keys and queries of a call that is replaced; None for one that is left alone."""
-        query, key = call["query"], call["key"]
-        length = torch.Size(self.grid_thw).numel() + self.text.before + self.text.after
-        if query.dim() != 4 or not query.shape[2] == key.shape[2] == length:
-            return None
-        if call["is_causal"] or call["dropout_p"]:
-            return None
-        mask = call["attn_mask"]
-        return (None, None) if mask is None else _find_padding(mask, query.shape[0], length)
-
-
-def _find_padding(mask: Tensor, batch: int, length: int) -> Padding | None:
-    """Factor a mask into valid keys [batch, length] and valid queries, if that is what it is."""
-    visible = mask
-    if mask.dtype != torch.bool:
-        visible = mask == 0
-        hiding = mask[~visible].unique()
-        if len(hiding) > 1 or bool((hiding > _HIDING_BIAS).any()):
-            return None
-    visible = visible.expand(*visible.shape[:-2], length, length)
-    visible = visible[(None,) * (4 - visible.dim())]
-    if not bool((visible == visible[:, :1]).all()):
-        return None
-    plane = visible[:, 0].expand(batch, -1, -1)
-    if mask.dtype != torch.bool and not bool((mask == float("-inf")).any()):
-        # A finite bias on every key is none at all.
-        plane = plane | ~plane.any(-1, keepdim=True)
-    keys, queries = plane.any(-2), plane.any(-1)
-    per_key = bool((plane == keys[:, None]).all())
-    if not per_key and not bool((plane == keys[:, None] & queries[:, :, None]).all()):
-        return None
-    return keys, None if per_key else queries
-
-
-def _bind(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> dict[str, Any]:
-    return dict(locals())

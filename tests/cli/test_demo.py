@@ -13,6 +13,7 @@ import torch
 
 from compiled_sparse.cli import main
 from compiled_sparse.cli import trial
+from compiled_sparse.cli.compilers import InnerCompilerError
 from compiled_sparse.cli.measure import Agreement
 from compiled_sparse.cli.measure import Timing
 from compiled_sparse.cli.measure import compare
@@ -144,7 +145,7 @@ def test_without_a_working_inductor_the_demo_uses_eager_unless_inductor_was_name
     no_compiler = {"cpp.cxx": (None, str(tmp_path / "no-compiler")), "force_disable_caches": True}
     with torch._inductor.config.patch(no_compiler):
         assert trial._working_inner(None) == "eager"
-        with pytest.raises(trial.InnerCompilerError) as caught:
+        with pytest.raises(InnerCompilerError) as caught:
             trial._working_inner("inductor")
     assert "C++ compiler" in caught.value.got
     assert "--inner eager" in caught.value.next_step

@@ -19,7 +19,24 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"compiled_sparse {metadata.version('compiled-sparse')}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], ["demo"], ["plot"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["bench"],
+        ["calibrate"],
+        ["calibrate", "run"],
+        ["calibrate", "search"],
+        ["calibrate", "tune"],
+        ["calibrate", "tune-cfg"],
+        ["completion"],
+        ["demo"],
+        ["doctor"],
+        ["explain"],
+        ["plan"],
+        ["plot"],
+    ],
+)
 def test_every_command_explains_itself(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +67,28 @@ def test_a_wrong_argument_is_refused_with_status_2(
     captured = capsys.readouterr()
     assert complaint in captured.err
     assert not captured.out
+
+
+def test_an_interruption_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compiled_sparse.cli.plan.run", interrupted)
+    assert main(["plan", "--list"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "compiled_sparse", "plan", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 141
+    assert said == b""
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ def test_the_shipped_table_says_where_it_comes_from() -> None:
         assert record["source"].startswith("measured") or not record.get("boxes")
 
 
+@pytest.mark.parametrize("chip", tuning.CHIPS)
+def test_a_chip_is_described_by_its_part_of_the_table(
+    chip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tuning.BOXES_VARIABLE, "1")
+    described = tuning.describe(chip)
+    record = json.loads(tuning.SHIPPED.read_text())["chips"][chip]
+    assert described["source"] == record["source"]
+    assert (described["table"], described["boxes"]) == (str(tuning.SHIPPED), "yes")
+
+
 @pytest.mark.parametrize(
     ("backend", "arch", "chip"),
     [

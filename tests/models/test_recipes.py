@@ -16,10 +16,17 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 MODELS = {
     "Wan": "wan",
+    "Wan 2.2": "wan timesteps",
+    "SkyReels-V2": "skyreels v2",
     "HunyuanVideo": "hunyuan video",
+    "HunyuanVideo 1.5": "hunyuan video 1.5",
     "CogVideoX": "cogvideox 5b",
     "LTX": "ltx",
+    "Cosmos": "cosmos",
+    "Allegro": "allegro",
+    "Kandinsky 5": "kandinsky 5",
     "Flux": "flux",
+    "Qwen-Image": "qwen image",
     "Mochi": "mochi",
 }
 DENSE = {"Mochi"}
