@@ -57,7 +57,7 @@ demo: $(LIGHT) ## compile a small video model, compare sparse with dense
 
 .PHONY: test
 test: $(DEV) ## run the tests, without the slow ones
-	@$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 # The oldest Triton that torch 2.11 brings; the slow tests compile the GPU kernels with it, too.
 $(OLD_TRITON): | $(DEV)

@@ -64,6 +64,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.xdist_group("gpu check")  # both read one run
 def test_everything_passes_and_is_in_the_record(whole: tuple[int, dict[str, Any]]) -> None:
     status, record = whole
     assert record["failures"] == []
@@ -79,6 +81,8 @@ def test_everything_passes_and_is_in_the_record(whole: tuple[int, dict[str, Any]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.xdist_group("gpu check")  # both read one run
 def test_a_measurement_has_times_rates_and_its_bound(whole: tuple[int, dict[str, Any]]) -> None:
     cases = whole[1]["sections"]["speed"]["cases"]
     forward, backward, sta, *chunks = cases

@@ -62,9 +62,14 @@ EXCEPTIONS: dict[str, dict[str, str] | list[str]] = {
     "skyreels v2 causal": {"video": _MASK},
 }
 
-models = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in BUILDERS]
-)
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    """A model is measured once for all its tests, where one worker runs them."""
+    group = pytest.mark.xdist_group(f"rewrites of {name}")
+    return [group] if name in FAST else [group, pytest.mark.slow]
+
+
+models = pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in BUILDERS])
 EXPLAINED = (
     *FAST,
     *SLOW,
@@ -116,9 +121,7 @@ def _expected(name: str) -> list[str]:
     return [outcomes[truth.kind] for truth in harness.truths(BUILDERS[name])]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPLAINED]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in EXPLAINED])
 def test_every_attention_call_is_explained(name: str) -> None:
     assert list(_ways(name)[0].outcomes) == _expected(name)
 
