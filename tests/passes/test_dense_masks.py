@@ -29,7 +29,7 @@ from modules import tokens
 from modules import video
 from torch import Tensor
 
-from compiled_sparse.passes import rewrite
+from compiled_sparse.passes import proof
 from compiled_sparse.passes.sites import SDPA
 from compiled_sparse.selector import capabilities_of
 
@@ -110,7 +110,7 @@ def test_a_mechanism_without_masks_takes_those_that_hide_nothing(
     def capabilities(config: Any) -> Any:
         return dataclasses.replace(capabilities_of(config), key_mask=False)
 
-    monkeypatch.setattr(rewrite, "capabilities_of", capabilities)
+    monkeypatch.setattr(proof, "capabilities_of", capabilities)
     inputs = (video(batch=2), prompt_mask())
     backend, _ = record(with_mask(lambda m: torch.ones_like(m)[:, None, None]), *inputs)
     assert backend.outcomes == ["sparse"]
