@@ -44,14 +44,21 @@ def main() -> int:
             line = [str(record.get(column, "")) for column in COLUMNS]
             print("\t".join([*line, "; ".join(record["violations"])]), flush=True)
     if arguments.output:
-        arguments.output.write_text(_document(records))
+        is_whole = not (arguments.quick or arguments.only)
+        arguments.output.write_text(document(records, is_whole=is_whole))
     return int(any(record["violations"] for record in records))
 
 
-def _document(records: list[dict[str, Any]]) -> str:
-    """One record per line, so that a difference between two documents is readable."""
+def document(records: list[dict[str, Any]], *, is_whole: bool) -> str:
+    """Return one record per line, so that a difference between two documents is readable.
+
+    Args:
+        records: What was found, of any number of chips.
+        is_whole: Whether they are of all variants, so that nothing has to be compiled again.
+    """
     versions = f'"triton": "{triton.__version__}", "torch": "{torch.__version__}"'
-    sources = f'"fingerprint": "{fingerprint()}"'
+    chips = dict.fromkeys(record["chip"] for record in records if is_whole)
+    sources = f'"fingerprints": {json.dumps(dict.fromkeys(chips, fingerprint()))}'
     lines = ",\n".join(map(json.dumps, records))
     return f'{{{versions}, {sources}, "kernels": [\n{lines}\n]}}\n'
 

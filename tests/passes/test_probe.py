@@ -111,7 +111,9 @@ def test_inductor_measures_the_same() -> None:
     torch._dynamo.reset()
     _, found = probed(model, *inputs, inner="inductor")
     for one, other in zip(eager, found[0][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-9)
+        # The whole window differs from dense attention by rounding alone, each time in its own way.
+        torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-5)
 
 
 def test_one_candidate_is_gone_before_the_next_is_computed() -> None:
