@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CALLS = 150
+CALLS = 250
 RUN = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
@@ -54,17 +54,24 @@ def test_twenty_killed_runs_end_with_the_file_of_an_uninterrupted_one(tmp_path: 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    subprocess.run(command(whole), check=True, capture_output=True)
+    begun = time.monotonic()
+    with subprocess.Popen(command(whole), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        start_seconds = time.monotonic() - begun
+        process.stdout.read()
+    assert process.returncode == 0
     moments = random.Random(0)
     journal, lines = killed / "run.journal", [0]
     for number in range(20):
         with subprocess.Popen(command(killed), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             if number % 4 == 3:  # while it starts, reads the journal and compiles
-                time.sleep(moments.uniform(0, 8))
+                time.sleep(moments.uniform(0, start_seconds))
             else:
-                process.stdout.readline()
-                time.sleep(moments.uniform(0, 0.2))
+                for _ in range(moments.randint(1, 6)):
+                    process.stdout.readline()
+                time.sleep(moments.uniform(0, 0.02))
             process.send_signal(signal.SIGKILL)
         lines.append(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
     assert lines == sorted(lines), "entries were lost"
