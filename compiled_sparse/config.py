@@ -23,6 +23,7 @@ from compiled_sparse.errors import UnknownMechanismError
 from compiled_sparse.layout import auto_tile
 from compiled_sparse.windows import Window
 from compiled_sparse.windows import WindowTable
+from compiled_sparse.windows import as_tuples
 
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # version 1 has no schedules and no numbers for Auto
@@ -575,11 +576,7 @@ def _as_windows(value: Any) -> Any:
 
 def as_extents(value: Any) -> Any:
     """Return sides of a box, given as an integer, list or tuple, as a tuple; checks nothing."""
-    return (value,) if isinstance(value, int) else _as_tuples(value)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+    return (value,) if isinstance(value, int) else as_tuples(value)
 
 
 def require_extents(name: str, values: tuple[Any, ...], shown: object) -> None:

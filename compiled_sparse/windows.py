@@ -35,8 +35,8 @@ class WindowTable:
     choice: Choice
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", _tuples(self.windows))
-        object.__setattr__(self, "choice", _tuples(self.choice))
+        object.__setattr__(self, "windows", as_tuples(self.windows))
+        object.__setattr__(self, "choice", as_tuples(self.choice))
         _check_windows(self.windows)
         if not _is_table(self.choice, len(self.windows)):
             raise ConfigError(
@@ -99,8 +99,9 @@ class WindowTable:
         return WindowTable(windows=document["windows"], choice=document["choice"])
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def as_tuples(value: Any) -> Any:
+    """Return nested lists and tuples, as JSON has them, as tuples; anything else as it is."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _check_windows(windows: Any) -> None:

@@ -18,6 +18,7 @@ from compiled_sparse.config import is_count
 from compiled_sparse.errors import CalibrationError
 from compiled_sparse.ops.candidate_errors import SUMS
 from compiled_sparse.passes.probe import ProbedSite
+from compiled_sparse.windows import as_tuples
 
 BRANCHES = ("positive", "negative")
 _DIGITS = 7
@@ -171,7 +172,7 @@ class SiteErrors:
         names = [field.name for field in dataclasses.fields(SiteErrors)]
         if sorted(document) != sorted(names):
             raise _no_site(f"fields {', '.join(sorted(document))}", ", ".join(names))
-        site = SiteErrors(**{name: _tuples(document[name]) for name in names})
+        site = SiteErrors(**{name: as_tuples(document[name]) for name in names})
         for name, (holds, expected) in _HOLDS.items():
             if not _is_nested(getattr(site, name), holds):
                 raise _no_site(f"{name} {getattr(site, name)!r}", expected)
@@ -326,10 +327,6 @@ def _rows(values: Tensor) -> Rows:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _require_finite(site: ProbedSite, values: Tensor) -> None:

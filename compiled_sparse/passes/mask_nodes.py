@@ -20,7 +20,7 @@ from compiled_sparse.passes.mask_forms import BATCH
 from compiled_sparse.passes.mask_values import Atom
 from compiled_sparse.passes.mask_values import MaskValue
 
-_COPIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
+COPIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
 class NodeWriter:
@@ -42,7 +42,7 @@ class NodeWriter:
         with self.mode:
             values = fx.node.map_arg(arguments, example_value)
             node.meta["example_value"] = function(*values)
-        copied = {k: self.before.meta[k] for k in _COPIED_META if k in self.before.meta}
+        copied = {k: self.before.meta[k] for k in COPIED_META if k in self.before.meta}
         node.meta.update(copied)
         return node
 

@@ -17,6 +17,7 @@ from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
 from compiled_sparse.passes.layouts import layout_arguments
+from compiled_sparse.passes.mask_nodes import COPIED_META
 from compiled_sparse.passes.masks import KeyMask
 from compiled_sparse.passes.masks import blank_padded_queries
 from compiled_sparse.passes.masks import erase_unused
@@ -31,8 +32,6 @@ from compiled_sparse.registry import mechanism_of
 from compiled_sparse.report import Decision
 from compiled_sparse.selector import Requested
 from compiled_sparse.selector import SiteFacts
-
-_COPIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
 @dataclass(frozen=True)
@@ -123,4 +122,4 @@ def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:
     op.meta["example_value"] = (first, outputs[1])
     out.meta["example_value"] = first
     for node in (op, out):
-        node.meta.update({k: site.node.meta[k] for k in _COPIED_META if k in site.node.meta})
+        node.meta.update({k: site.node.meta[k] for k in COPIED_META if k in site.node.meta})
