@@ -94,6 +94,10 @@ class RecomputeError(CompiledSparseError, RuntimeError):
     """A backward pass recomputes a region, and nobody can tell which call that was."""
 
 
+class DistributedError(CompiledSparseError, RuntimeError):
+    """Processes that compute one call together disagree, or one of them is gone."""
+
+
 class GuardError(CompiledSparseError, RuntimeError):
     """A sparse call's output is not finite, or too far from dense attention's."""
 

@@ -141,6 +141,8 @@ BANNED_IMPORTS: dict[str, tuple[str, ...]] = {
     "kernels": ("ops", "reference", *_ABOVE_OPS),
     "ops": _ABOVE_OPS,
     "mechanisms": ("passes", "selector", "attach", "backend", "cli"),
+    "sharding": _NOT_FOR_LEAVES,
+    "distributed": ("passes", "selector", "attach", "backend", "calibration", "cli"),
     "block_lists": ("plots", "passes", "selector", "attach", "backend", "cli"),
     "plots": ("passes", "selector", "attach", "backend", "cli"),
     "report_page": ("passes", "selector", "attach", "backend", "cli"),

@@ -1,0 +1,1 @@
+"""Sequence parallelism on torch.distributed: several devices, one compiled graph."""
