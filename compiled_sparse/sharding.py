@@ -7,9 +7,6 @@ Method: DeepSpeed-Ulysses, arXiv 2309.14509.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from compiled_sparse.errors import DistributedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +41,24 @@ class HeadShare:
 
     Args:
         query: First query head and the one behind the last.
-        key: First key head and the one behind the last; heads that serve query heads of two ranks
-            are in both.
+        key: The key heads that serve them, in order.
     """
 
     query: tuple[int, int]
-    key: tuple[int, int]
+    key: tuple[int, ...]
+
+    @property
+    def num_query(self) -> int:
+        """Number of query heads."""
+        return self.query[1] - self.query[0]
 
 
 def head_shares(num_heads: int, num_key_heads: int, parts: int) -> tuple[HeadShare, ...]:
     """Divide query heads among ranks, each with the key heads that serve them.
 
-    Any number of heads will do. Query heads are dealt out in whole groups of those that share a key
-    head where there are enough of them, so that no key head is sent twice; else one by one, as many
-    to a rank as make its key heads serve equally many.
+    Any number of heads will do. Query heads that share a key head stay together where there is a
+    key head for every rank; else a key head is sent to several ranks, and once per query head to a
+    rank whose query heads have different ones.
 
     Args:
         num_heads: Query heads.
@@ -68,15 +69,13 @@ def head_shares(num_heads: int, num_key_heads: int, parts: int) -> tuple[HeadSha
         One share per rank; empty where there are more ranks than heads.
     """
     group = num_heads // num_key_heads
-    if num_key_heads >= parts:
-        unit, number = group, num_key_heads
-    else:
-        unit, number = 1, num_heads
+    unit = group if num_key_heads >= parts else 1
     found: list[HeadShare] = []
     start = 0
-    for count in shares(number, parts):
+    for count in shares(num_heads // unit, parts):
         stop = start + count * unit
-        key = (start // group, -(-stop // group)) if stop > start else (0, 0)
-        found.append(HeadShare((start, stop), key))
+        keys = tuple(head // group for head in range(start, stop))
+        is_shared = unit == group or len(set(keys)) == 1
+        found.append(HeadShare((start, stop), tuple(dict.fromkeys(keys)) if is_shared else keys))
         start = stop
     return tuple(found)
