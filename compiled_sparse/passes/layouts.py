@@ -84,7 +84,7 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
     Returns:
         The layout, or the refusal.
     """
-    refusal = _refuse_other_tokens(site)
+    refusal = refuse_other_tokens(site)
     if refusal is not None:
         return refusal
     layout = _given_layout(site, given) or _layout_of_graph(site)
@@ -118,7 +118,7 @@ def as_sequence(
         numbers = (layout.grid, layout.text_before, layout.text_after)
         grid = sequence_grid(*numbers) if is_static(layout) else (length,)
         return SiteLayout(grid, origin=layout.origin, readers=readers)
-    if layout.reason not in ("layout_unknown", "several_grids") or _refuse_other_tokens(site):
+    if layout.reason not in ("layout_unknown", "several_grids") or refuse_other_tokens(site):
         return layout
     if _holds_whole_videos(site):
         return SiteLayout((length,), readers=readers)
@@ -146,8 +146,15 @@ def _is_unsplit(track: Track) -> bool:
     return not any(map(named_atoms, origins)) and all(part.cut is None for part in track)
 
 
-def _refuse_other_tokens(site: Site) -> Refusal | None:
-    """Refuse what is not provably the self-attention of the video's tokens, or of unknown ones."""
+def refuse_other_tokens(site: Site) -> Refusal | None:
+    """Refuse what is not provably the self-attention of the video's tokens, or of unknown ones.
+
+    Args:
+        site: The call.
+
+    Returns:
+        The refusal, or None.
+    """
     if site.lost_at is not None:
         return Refusal("layout_unknown", f"tensor written in place by {site.lost_at.name!r}")
     if not site.is_self_length:

@@ -38,7 +38,7 @@ def _whole(case: tuple[int, ...], names: int) -> list[Tensor]:
 
 def _exchange(case: tuple[int, ...], *, names: int = 4) -> dict[str, Any]:
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    heads, key_heads, video, before, after = case
+    _, key_heads, video, before, after = case
     text = cs.Text(before=before, after=after)
     local = [shard_of(each, rank, size, text).requires_grad_() for each in _whole(case, names)]
     group = ("0", size, rank)
@@ -70,7 +70,7 @@ def test_each_rank_has_all_tokens_of_its_heads_and_gets_all_heads_of_its_tokens(
 
 
 def _check(case: tuple[int, ...], ranks: list[dict[str, Any]]) -> None:
-    heads, key_heads, video, before, after = case
+    heads, key_heads, _, before, after = case
     text, size = cs.Text(before=before, after=after), len(ranks)
     whole = _whole(case, 4)
     for rank, (found, share) in enumerate(
