@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from typing import ClassVar
 
-import agreement_cases
 import calibration_cases
+import distributed_cases
 import measuring_cases
 import pytest
 import torch
@@ -90,7 +90,7 @@ MODULES = (
     "cli/explain",
     "mechanisms/block_selector",
     "mechanisms/contract",
-    *agreement_cases.MODULES,
+    *distributed_cases.MODULES,
     *calibration_cases.MODULES,
     *measuring_cases.MODULES,
 )
@@ -892,7 +892,7 @@ CASES = {
         "pass ratio as",
         lambda: truncated_top_k(10, 1.5),
     ),
-    **agreement_cases.CASES,
+    **distributed_cases.CASES,
     **calibration_cases.CASES,
     **measuring_cases.CASES,
     "size of a video": Case(

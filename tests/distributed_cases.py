@@ -1,4 +1,4 @@
-"""The wording of the errors of handshakes among processes; see `test_messages.py`."""
+"""The wording of the errors of `compiled_sparse.distributed`; see `test_messages.py`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import distributed
 
 from compiled_sparse.distributed.agreement import abandon
 from compiled_sparse.distributed.agreement import agree
+from compiled_sparse.distributed.cost_inputs import Cluster
+from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.sharding import SequenceGroup
 
-MODULES = ("distributed/agreement", "distributed/meeting")
+MODULES = ("distributed/agreement", "distributed/cost_inputs", "distributed/meeting")
 
 WHAT = "the first call"
 LITTLE = timedelta(seconds=0.02)
@@ -137,5 +139,13 @@ CASES = {
         "that this process belongs to",
         "torch.distributed.init_process_group first",
         lambda: agree(SequenceGroup("nowhere", 2, 0), WHAT, {}),
+    ),
+    "GPUs of a cluster": Case(
+        ConfigError,
+        "these GPUs are not whole nodes",
+        "12 GPUs, 8 per node",
+        "or a multiple of that",
+        "round gpus",
+        lambda: Cluster(gpus=12),
     ),
 }
