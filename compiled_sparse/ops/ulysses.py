@@ -1,8 +1,8 @@
 """From a share of the sequence to a share of the heads and back: two exchanges around a call.
 
-`compiled_sparse::scatter_heads` takes queries, keys and values of this rank's tokens, all heads, and
-returns those of all tokens, this rank's heads; `compiled_sparse::gather_heads` takes the output back.
-Both are composite: tracing turns each into one functional all-to-all and copies around it.
+`compiled_sparse::scatter_heads` takes queries, keys and values of this rank's tokens, all heads,
+and returns those of all tokens, this rank's heads; `compiled_sparse::gather_heads` takes the output
+back. Both are composite: tracing turns each into one functional all-to-all and copies around it.
 
 A rank's tokens are the text before the video, a run of the video, and the text behind it. Runs are
 equally long and in rank order; what the last ones have too much is padding. Text is on all ranks:

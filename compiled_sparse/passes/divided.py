@@ -7,12 +7,15 @@ brings its own Ulysses exchanges, which are recognised (`compiled_sparse.passes.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.exchanges import put_around
+from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import refuse_other_tokens
 from compiled_sparse.passes.sites import Site
@@ -69,11 +72,20 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         raise _misfit(site, given, group, rows, run)
     if refusal is not None:
         raise _unproven(site, refusal)
-    if site.arguments["attn_mask"] is not None:
-        raise _unproven(site, Refusal("mask_unsupported", "an attention mask over divided tokens"))
+    if not _is_key_mask(site):
+        raise _unproven(site, Refusal("mask_unsupported", "a mask that differs between queries"))
     if site.arguments["is_causal"]:
         raise _unproven(site, Refusal("causal", "is_causal=True"))
     return True
+
+
+def _is_key_mask(site: Site) -> bool:
+    """Whether there is no mask, or one that is the same for all heads and queries."""
+    if site.arguments["attn_mask"] is None:
+        return True
+    shape = site.tensor("attn_mask").shape
+    is_whole = same(shape[-1], site.tensor("key").shape[2])
+    return is_whole and all(same(size, 1) for size in shape[-3:-1])
 
 
 def _misfit(
@@ -99,7 +111,7 @@ def _unproven(site: Site, refusal: Refusal) -> DistributedError:
         f"{site.path or 'a call'} attends to this rank's tokens only, and nothing can be put "
         "around it",
         got=f"{refusal.reason}: {refusal.detail}",
-        expected="self-attention over one sequence, its mask left out",
+        expected="self-attention over one sequence, with a mask [batch, 1, 1, length] at most",
         next_step="leave out mesh= and divide the attention in the model, with "
         "compiled_sparse.distributed.DistributedAttention",
     )
@@ -110,6 +122,12 @@ def _divide(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
     text = given.text
     around = (0, 0) if text is None else (text.before, text.after)
     users = list(site.node.users)
+    mask = site.arguments["attn_mask"]
+    if mask is not None:
+        with site.node.graph.inserting_before(site.node):
+            numbers = (group.name, group.size, given.num_video_tokens, *around)
+            whole = call(torch.ops.compiled_sparse.gather_mask.default, mask, *numbers)
+        site.node.replace_input_with(mask, whole)
     out = put_around(site.node, (query, key, value), group, given.num_video_tokens, around)
     for user in users:
         user.replace_input_with(site.node, out)

@@ -14,9 +14,11 @@ import torch
 from torch import fx
 
 from compiled_sparse.ops import ulysses as _op  # noqa: F401 - defines the ops
+from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import size_key
 from compiled_sparse.passes.mask_nodes import COPIED_META
 from compiled_sparse.sharding import HeadShare
 from compiled_sparse.sharding import SequenceGroup
@@ -84,6 +86,25 @@ def exchange_before(query: fx.Node) -> Exchange | None:
     tensors, name, size, rank, *_ = arguments
     heads, key_heads = (hint(example_value(each).shape[1]) for each in tensors[:2])
     return Exchange(source, SequenceGroup(name, size, rank), heads, key_heads)
+
+
+def exchanges_in(owner: fx.GraphModule) -> dict[SequenceGroup, list[str]]:
+    """Return what is exchanged in a graph and those nested in it, by group, in words.
+
+    The words are the same on every rank that computes the same.
+    """
+    found: dict[SequenceGroup, list[str]] = {}
+    for module in (owner, *all_nested(owner)):
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target in (_SCATTER, _OPS.scatter_heads):
+                tensors, name, size, rank, num_video, *text = node.args
+                batch, heads, rows, width = map(hint, example_value(tensors[0]).shape)
+                words = (
+                    f"{len(tensors)} tensors of {batch} x {heads} heads x {rows} rows x {width}, "
+                    f"{size_key(num_video)} tokens of video, {tuple(map(size_key, text))} of text"
+                )
+                found.setdefault(SequenceGroup(name, size, rank), []).append(words)
+    return found
 
 
 def put_around(

@@ -30,6 +30,7 @@ from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import named_atoms
 from compiled_sparse.passes.tracks import track_size
+from compiled_sparse.passes.ulysses import gathers_from_ranks
 
 MAX_AXES = 3
 
@@ -157,6 +158,8 @@ def refuse_other_tokens(site: Site) -> Refusal | None:
     """
     if site.lost_at is not None:
         return Refusal("layout_unknown", f"tensor written in place by {site.lost_at.name!r}")
+    if not site.is_self_length and gathers_from_ranks(site.arguments["key"]):
+        return Refusal("keys_gathered", "keys of other processes with queries of this one")
     if not site.is_self_length:
         return Refusal("cross_attention", "queries and keys differ in length")
     if site.graph_has_video and site.query_from_video != site.key_from_video:

@@ -35,7 +35,11 @@ from compiled_sparse.passes.sdpa import is_sdpa
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import track_size
 
-OTHER_ATTENTION = frozenset({"flex_attention", "multi_head_attention_forward"})
+_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+OTHER_ATTENTION = frozenset(
+    {"flex_attention", "multi_head_attention_forward"}
+    | {f"_scaled_dot_product_{kernel}" for kernel in _KERNELS}
+)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch._ops import OpOverloadPacket
 
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import inputs_of
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.fx import walk
 from compiled_sparse.passes.provenance_shapes import permutation_of
 from compiled_sparse.passes.reshapes import reshape_tracks
 from compiled_sparse.passes.sdpa import arguments_of
@@ -42,9 +46,10 @@ _RESHAPED = frozenset(
 )
 _SAME = frozenset({"contiguous", "clone"})
 _MOVES = _PERMUTED | _RESHAPED | _SAME
-_OPS = torch.ops._c10d_functional
-_EXCHANGES = (_OPS.all_to_all_single, _OPS.all_to_all_single.default)
-_WAITS = (_OPS.wait_tensor, _OPS.wait_tensor.default)
+_EXCHANGE = "_c10d_functional::all_to_all_single"
+_WAIT = "_c10d_functional::wait_tensor"
+_ALL_GATHER = "_c10d_functional::all_gather_into_tensor"
+_PIECES = frozenset({"cat", "chunk", "getitem", "split", "stack", "tensor_split"})
 _RANKS = Stream(frozenset({"ranks"}), 0)
 
 
@@ -134,7 +139,7 @@ def _erase(paths: Iterable[tuple[fx.Node, ...]]) -> None:
 def _way_in(node: fx.Node) -> _Path | None:
     """Find where the queries, keys or values of a call come from, heads and rows exchanged."""
     steps = list(_back_from(node))[::-1]
-    exchange = next((step for step in steps if step.target in _EXCHANGES), None)
+    exchange = next((step for step in steps if _is_op(step, _EXCHANGE)), None)
     if exchange is None:
         return None
     group, size = _processes(exchange)
@@ -159,7 +164,7 @@ def _way_in(node: fx.Node) -> _Path | None:
 def _way_back(node: fx.Node) -> _Path | None:
     """Find where the output of a call has all heads of this rank's rows again."""
     steps = list(_on_from(node))
-    exchange = next((step for step in steps if step.target in _EXCHANGES), None)
+    exchange = next((step for step in steps if _is_op(step, _EXCHANGE)), None)
     if exchange is None:
         return None
     group, size = _processes(exchange)
@@ -198,9 +203,30 @@ def _on_from(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_step(node: fx.Node) -> bool:
-    is_exchange = node.target in _EXCHANGES or node.target in _WAITS
+    is_exchange = _is_op(node, _EXCHANGE) or _is_op(node, _WAIT)
     is_one = len(node.all_input_nodes) == 1
     return is_one and (is_exchange or (node.op != "placeholder" and op_name(node) in _MOVES))
+
+
+def _is_op(node: fx.Node, name: str) -> bool:
+    """Whether a node calls an op; by name, as a torch without collectives lacks these."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        return bool(target._schema.name == name)
+    return isinstance(target, OpOverloadPacket) and target._qualified_op_name == name
+
+
+def gathers_from_ranks(node: fx.Node) -> bool:
+    """Whether a tensor is made of what all processes hold, as the keys of ring attention are.
+
+    Args:
+        node: The tensor.
+    """
+
+    def is_end(each: fx.Node) -> bool:
+        return not _is_step(each) and op_name(each) not in _PIECES
+
+    return any(_is_op(each, _ALL_GATHER) for each in walk(node, inputs_of, is_end))
 
 
 def _processes(exchange: fx.Node) -> tuple[str, int]:
@@ -248,9 +274,9 @@ def _step(node: fx.Node, before: fx.Node, tracks: Tracks, size: int) -> Tracks |
     shape = shape_of(node)
     if shape is None or example_value(node).dtype != example_value(before).dtype:
         return None
-    if node.target in _WAITS:
+    if _is_op(node, _WAIT):
         return tracks
-    if node.target in _EXCHANGES:
+    if _is_op(node, _EXCHANGE):
         first = _exchanged(node, tracks[0], size)
         return None if first is None else (first, *tracks[1:])
     name = op_name(node)
