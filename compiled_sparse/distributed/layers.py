@@ -60,8 +60,8 @@ class LocalAttention(nn.Module):
         Raises:
             CompiledSparseError: whatever `compiled_sparse.attention` raises.
         """
-        heads_first = (each.transpose(1, 2) for each in (q, k, v))
-        out = attention(*heads_first, self.config, grid_thw=self.grid_thw, scale=self.scale)
+        query, key, value = (each.transpose(1, 2) for each in (q, k, v))
+        out = attention(query, key, value, self.config, grid_thw=self.grid_thw, scale=self.scale)
         return out.transpose(1, 2)
 
 
