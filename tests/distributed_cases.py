@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
-from lone_groups import lone_group
 from messages import Case
+from process_groups import lone_group
 from torch import distributed
 
 from compiled_sparse.distributed.agreement import abandon

@@ -187,6 +187,7 @@ def _check_equal(meeting: Meeting, said: Sequence[Mapping[str, str]], what: str,
                 differences.append(f"{name}: {here} on this rank, {there} on {where}")
                 break
     if differences:
+        meeting.linger()
         raise DistributedError(
             f"the ranks disagree about {what}",
             got=f"{meeting.describe_ranks(rank)}: " + "; ".join(differences),

@@ -23,7 +23,8 @@ from compiled_sparse.errors import DistributedError
 from compiled_sparse.sharding import SequenceGroup
 
 _PREFIX = "compiled_sparse/meeting"
-_PAUSES_S = (0.001, 0.2)
+_PAUSES_S = (0.001, 0.1)
+_LINGER_S = 0.3
 _COMPLETE = "complete"
 
 _lock = Lock()
@@ -91,6 +92,14 @@ class Meeting:
     def fail(self, failure: str) -> None:
         """End the meeting, as this rank will never come."""
         self._end(Outcome(ended_by=self._group.rank, failure=failure))
+        self.linger()
+
+    def linger(self) -> None:
+        """Let the others read how it ended, before an error ends this process.
+
+        It may be the one that serves the store. Each of them asks more often than this.
+        """
+        time.sleep(_LINGER_S)
 
     def wait(
         self, seconds: float, *, patience_s: float, on_patience: Callable[[], None]
@@ -109,16 +118,19 @@ class Meeting:
         while not self._has(self._outcome):
             waited = time.monotonic() - started
             if waited >= seconds:
-                missing = self.missing()
-                rank = self._group.rank
-                return self._end(Outcome(ended_by=rank, missing=missing, waited_s=waited))
+                missing, rank = self.missing(), self._group.rank
+                self._end(Outcome(ended_by=rank, missing=missing, waited_s=waited))
+                break
             if waited >= patience_s:
                 on_patience()
                 patience_s = float("inf")
             time.sleep(min(pause, seconds - waited))
             pause = min(1.5 * pause, longest_pause)
         with self._answering():
-            return _decoded(self._store.get(self._outcome))
+            outcome = _decoded(self._store.get(self._outcome))
+        if outcome.ended_by is not None:
+            self.linger()
+        return outcome
 
     def missing(self) -> tuple[int, ...]:
         """Return the ranks that have not come yet."""
@@ -140,10 +152,9 @@ class Meeting:
         with self._answering():
             return bool(self._store.check([key]))
 
-    def _end(self, outcome: Outcome) -> Outcome:
+    def _end(self, outcome: Outcome) -> None:
         with self._answering():
-            text = json.dumps(vars(outcome))
-            return _decoded(self._store.compare_set(self._outcome, "", text))
+            self._store.compare_set(self._outcome, "", json.dumps(vars(outcome)))
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

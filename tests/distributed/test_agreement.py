@@ -1,4 +1,4 @@
-"""Ranks that agree, that differ, that never come, and that die in the middle."""
+"""Ranks that agree, that differ, that fail before and that never come."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-from lone_groups import lone_group
-from processes import Outcome
+from process_groups import as_seen_here
+from process_groups import lone_group
 from processes import run_processes
 from processes import values
 from torch import distributed
@@ -22,22 +21,11 @@ from torch.distributed import HashStore
 from compiled_sparse.distributed import agreement
 from compiled_sparse.distributed.agreement import abandon
 from compiled_sparse.distributed.agreement import agree
-from compiled_sparse.distributed.failures import explain_collective_failure
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.sharding import SequenceGroup
 
 FACTS = {"policy": "sta", "grid": "(8, 24, 40)"}
 SHORT = timedelta(seconds=1)
-
-
-def world() -> SequenceGroup:
-    group = distributed.group.WORLD
-    assert group is not None
-    return of(group)
-
-
-def of(group: distributed.ProcessGroup) -> SequenceGroup:
-    return SequenceGroup(group.group_name, group.size(), group.rank())
 
 
 def caught(group: SequenceGroup, facts: dict[str, str], **options: timedelta) -> DistributedError:
@@ -51,7 +39,7 @@ def _keys_after_agreeing() -> int:
     keys = store.num_keys()
     distributed.barrier()
     for _ in range(3):
-        agree(world(), "the first call", FACTS)
+        agree(as_seen_here(), "the first call", FACTS)
     distributed.barrier()
     return store.num_keys() - keys
 
@@ -62,7 +50,7 @@ def test_equal_ranks_agree_and_leave_nothing_in_the_store() -> None:
 
 def _differing(facts: dict[int, dict[str, str]]) -> tuple[str, str, float]:
     started = time.monotonic()
-    error = caught(world(), facts.get(distributed.get_rank(), FACTS))
+    error = caught(as_seen_here(), facts.get(distributed.get_rank(), FACTS))
     return error.problem, error.got, time.monotonic() - started
 
 
@@ -84,7 +72,7 @@ def test_every_rank_says_what_differs_and_where() -> None:
 def _killed_before(killed: int) -> tuple[str, str]:
     if distributed.get_rank() == killed:
         os.kill(os.getpid(), signal.SIGKILL)
-    error = caught(world(), FACTS, timeout=SHORT)
+    error = caught(as_seen_here(), FACTS, timeout=SHORT)
     return error.problem, error.got
 
 
@@ -99,10 +87,10 @@ def test_a_rank_that_never_comes_is_named_on_every_other() -> None:
 
 def _abandoned_by(failing: int) -> tuple[str, float] | None:
     if distributed.get_rank() == failing:
-        abandon(world(), "the first call", ValueError("no kernel\nfor this head size"))
+        abandon(as_seen_here(), "the first call", ValueError("no kernel\nfor this head size"))
         return None
     started = time.monotonic()
-    error = caught(world(), FACTS)
+    error = caught(as_seen_here(), FACTS)
     return str(error), time.monotonic() - started
 
 
@@ -114,6 +102,32 @@ def test_a_rank_that_fails_before_is_heard_at_once() -> None:
         assert seconds < 20
 
 
+def _served_by_the_first(how: str) -> str:
+    rank, before = distributed.get_rank(), distributed.group.WORLD.get_group_store()
+    if rank == 0:
+        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        before.set("port", str(store.port))
+    else:
+        store = distributed.TCPStore("127.0.0.1", int(before.get("port")), is_master=False)
+    distributed.destroy_process_group()
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    if rank == 0:
+        time.sleep(0.5)  # the other asks at its longest intervals by now
+        if how == "abandon":
+            abandon(as_seen_here(), "the first call", ValueError("no kernel"))
+        else:
+            caught(as_seen_here(), {"policy": "vsa"})
+        os._exit(1)
+    return caught(as_seen_here(), FACTS).got
+
+
+@pytest.mark.parametrize(("how", "told"), [("abandon", "no kernel"), ("differ", "'vsa' on rank 0")])
+def test_the_reason_is_heard_also_of_the_rank_that_serves_the_store(how: str, told: str) -> None:
+    first, second = run_processes(2, _served_by_the_first, how)
+    assert (first.exit_code, second.error) == (1, "")
+    assert told in second.value
+
+
 def _rounds() -> list[str]:
     """Five rounds at different speeds; the third is abandoned, and rank 0 differs in the last."""
     rank, seen = distributed.get_rank(), []
@@ -121,9 +135,9 @@ def _rounds() -> list[str]:
         time.sleep(0.02 * ((turn + rank) % 3))
         try:
             if (turn, rank) == (2, 1):
-                abandon(world(), f"round {turn}", ValueError("lost"))
+                abandon(as_seen_here(), f"round {turn}", ValueError("lost"))
                 continue
-            agree(world(), f"round {turn}", {"turn": "x" if (turn, rank) == (4, 0) else "y"})
+            agree(as_seen_here(), f"round {turn}", {"turn": "x" if (turn, rank) == (4, 0) else "y"})
         except DistributedError as error:
             seen.append(error.problem)
     return seen
@@ -138,10 +152,10 @@ def test_the_nth_handshake_meets_the_nth_also_after_a_failure() -> None:
 def _two_groups() -> str:
     rank = distributed.get_rank()
     pairs = [distributed.new_group([0, 2]), distributed.new_group([1, 3])]
-    mine = of(pairs[rank % 2])
+    mine = as_seen_here(pairs[rank % 2])
     for _ in range(2 + rank % 2):  # other numbers of handshakes in the two groups
         agree(mine, "the pair's call", {"pair": str(rank % 2)})
-    agree(world(), "everyone's call", FACTS)
+    agree(as_seen_here(), "everyone's call", FACTS)
     return caught(mine, {"rank": str(rank)}).got
 
 
@@ -152,7 +166,7 @@ def test_groups_do_not_disturb_each_other_and_global_numbers_are_told() -> None:
 
 
 def _two_threads() -> list[str]:
-    groups = [of(distributed.new_group([0, 1])) for _ in range(2)]
+    groups = [as_seen_here(distributed.new_group([0, 1])) for _ in range(2)]
     if distributed.get_rank():
         groups.reverse()  # each thread's first handshake waits for the other rank's second thread
     done: list[str] = []
@@ -178,90 +192,6 @@ def test_threads_with_a_group_each_agree_side_by_side() -> None:
     first, second = values(2, _two_threads)
     assert first == second
     assert len(set(first)) == 2
-
-
-def _killed_in_an_exchange(killed: int) -> tuple[str, str, bool]:
-    mine = torch.zeros(3 * 2**22)
-    if distributed.get_rank() == killed:
-        distributed.all_to_all_single(torch.empty_like(mine), mine, async_op=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(RuntimeError) as found:
-        distributed.all_to_all_single(torch.empty_like(mine), mine)
-    error = explain_collective_failure(found.value, world())
-    assert error is not None
-    return error.problem, error.got, "start all ranks again" in error.next_step
-
-
-def test_a_rank_killed_in_an_exchange_is_told_by_the_others() -> None:
-    *others, dead = run_processes(3, _killed_in_an_exchange, 2, collective_s=10.0)
-    assert dead.exit_code == -signal.SIGKILL
-    for rank, each in enumerate(others):
-        problem, got, says_next = finished(each)
-        assert problem.startswith("another rank of the group ")
-        assert got.startswith(f"on rank {rank} of 3: ")
-        assert says_next
-
-
-def finished(outcome: Outcome) -> tuple[str, str, bool]:
-    assert not outcome.error, outcome.error
-    problem, got, says_next = outcome.value
-    return problem, got, says_next
-
-
-def _late_in_an_exchange() -> str:
-    mine = torch.zeros(2)
-    distributed.barrier()
-    if distributed.get_rank() == 1:
-        time.sleep(1.5)
-        return ""
-    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), distributed.group.WORLD)
-    with pytest.raises(RuntimeError) as found:
-        distributed.all_to_all_single(torch.empty_like(mine), mine)
-    error = explain_collective_failure(found.value, world())
-    assert error is not None
-    return error.problem
-
-
-def test_a_rank_that_is_late_in_an_exchange_is_told_by_the_others() -> None:
-    late, _ = values(2, _late_in_an_exchange)
-    assert late == "another rank of the group did not answer in time in the middle of a call"
-
-
-NCCL = {
-    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
-    "prematurely. NCCL error in: work.cpp, remote process exited or there was a network error": (
-        "is gone"
-    ),
-    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
-    "error. It can be also caused by unexpected exit of a remote peer": "is gone",
-    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLTOALL)": (
-        "did not answer in time"
-    ),
-    "NCCL communicator was aborted on rank 1.": "is gone",
-}
-
-
-@pytest.mark.parametrize(("text", "means"), NCCL.items(), ids=range(len(NCCL)))
-def test_what_nccl_says_of_a_peer_is_recognised(text: str, means: str) -> None:
-    outer = RuntimeError("the compiled graph failed")
-    outer.__cause__ = distributed.DistBackendError(text)
-    found = explain_collective_failure(outer, SequenceGroup("0", 4, 1))
-    assert found is not None
-    assert means in found.problem
-    assert text[:60] in found.got
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("Connection closed by peer"),  # not what a collective raises
-        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        distributed.DistBackendError("ncclInvalidUsage: Duplicate GPU detected"),
-        KeyboardInterrupt(),
-    ],
-)
-def test_other_errors_are_left_alone(error: BaseException) -> None:
-    assert explain_collective_failure(error, SequenceGroup("0", 4, 1)) is None
 
 
 def in_threads(groups: list[SequenceGroup], facts: list[dict[str, str]]) -> list[str]:
