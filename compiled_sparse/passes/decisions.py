@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
@@ -66,7 +68,7 @@ def sparse_decision(
         decision="sparse",
         mechanism=config.describe(),
         config=config,
-        detail=chosen.detail,
+        detail="; ".join(filter(None, (chosen.detail, _where(site)))),
         grid_thw=layout.grid_hint,
         text_before=hint(layout.text_before),
         text_after=hint(layout.text_after),
@@ -86,15 +88,25 @@ def _source(wanted: Requested | None) -> dict[str, Any]:
     return {"config_origin": wanted.origin, "schedule": wanted.policy.describe_schedule()}
 
 
+def _where(site: Site) -> str:
+    return "" if site.exchange is None else f"heads on {site.exchange.group.size} processes"
+
+
 def _facts(site: Site) -> dict[str, Any]:
     query, key = site.tensor("query"), site.tensor("key")
     return {
         "path": site.path,
-        "query_shape": tuple(hint(size) for size in query.shape),
-        "key_shape": tuple(hint(size) for size in key.shape),
+        "query_shape": _shape(query, site.num_heads),
+        "key_shape": _shape(key, site.num_key_heads),
         "dtype": str(query.dtype).removeprefix("torch."),
         "mask": _mask_name(site),
     }
+
+
+def _shape(tensor: torch.Tensor, heads: int) -> tuple[int, ...]:
+    """A shape with the heads of all processes, so that all report the same."""
+    sizes = [hint(size) for size in tensor.shape]
+    return tuple(heads if dim == 1 and len(sizes) == 4 else size for dim, size in enumerate(sizes))
 
 
 def _mask_name(site: Site) -> str:

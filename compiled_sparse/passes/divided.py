@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.metadata import LayoutMetadata
@@ -57,9 +58,10 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         DistributedError: if it does in a form that no exchange can be put around, or there is no
             telling.
     """
-    if site.tensor("query").dim() != 4 or not site.is_self_length:
+    query = site.tensor("query")
+    if not isinstance(query, FakeTensor) or query.dim() != 4 or not site.is_self_length:
         return False
-    rows = hint(site.tensor("query").shape[2])
+    rows = hint(query.shape[2])
     text = given.text
     run = run_length(given.num_video_tokens, group.size)
     of_text = 0 if text is None else text.before + text.after

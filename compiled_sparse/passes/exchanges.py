@@ -73,7 +73,7 @@ class Exchange:
         """
         tensors: Any = self.node.args[0]
         self.node.args = ([*tensors, tensor], *self.node.args[1:])
-        self.node.meta["example_value"] = compute(self.node)
+        self.node.meta["example_value"] = _computed(self.node, tensor)
         return _item(self.node, len(tensors))
 
 
@@ -130,7 +130,7 @@ def put_around(
     processes = (group.name, group.size, group.rank)
     with call.graph.inserting_before(call):
         scatter = call.graph.call_function(_SCATTER, (list(local), *processes, num_video, *text))
-    _describe(call, scatter)
+    _describe(call, scatter, local[0])
     items = [_item(scatter, i) for i in range(3)]
     _replace_inputs(call, items)
     key_heads = hint(example_value(local[1]).shape[1])
@@ -138,8 +138,8 @@ def put_around(
         arguments = (call, local[0], key_heads, *processes, *text)
         gather = call.graph.call_function(_OPS.gather_heads.default, arguments)
     dtype = example_value(call).dtype  # under autocast not that of the queries
-    call.meta["example_value"] = compute(call).to(dtype)
-    _describe(call, gather)
+    call.meta["example_value"] = _computed(call, local[0]).to(dtype)
+    _describe(call, gather, local[0])
     return gather
 
 
@@ -165,6 +165,12 @@ def _last_item(scatter: fx.Node) -> fx.Node:
     return node
 
 
-def _describe(call: fx.Node, node: fx.Node) -> None:
+def _describe(call: fx.Node, node: fx.Node, like: fx.Node) -> None:
     node.meta.update({k: call.meta[k] for k in COPIED_META if k in call.meta})
-    node.meta["example_value"] = compute(node)
+    node.meta["example_value"] = _computed(node, like)
+
+
+def _computed(node: fx.Node, like: fx.Node) -> Any:
+    """What a node gives, in the mode of another's fake tensor: constants it makes are fake, too."""
+    with example_value(like).fake_mode:
+        return compute(node)

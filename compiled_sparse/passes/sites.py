@@ -107,6 +107,13 @@ class Site:
             return self.exchange.num_heads
         return hint(self.tensor("query").shape[1])
 
+    @property
+    def num_key_heads(self) -> int:
+        """Key heads, likewise."""
+        if self.exchange is not None:
+            return self.exchange.num_key_heads
+        return hint(self.tensor("key").shape[1])
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return the fake tensor of argument `query`, `key`, `value` or `attn_mask`."""
         value = example_value(self.arguments[name])

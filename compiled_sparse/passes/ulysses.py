@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch._ops import OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import all_nested
@@ -90,6 +91,8 @@ def replace_exchanges(owner: fx.GraphModule) -> list[fx.GraphModule]:
 
 def _replace(node: fx.Node) -> bool:
     arguments = arguments_of(node)
+    if not isinstance(example_value(node), FakeTensor):
+        return False  # inside a function transform
     found = [_way_in(arguments[name]) for name in ("query", "key", "value")]
     back = _way_back(node)
     paths = [path for path in (*found, back) if path is not None]

@@ -1,57 +1,78 @@
-"""Models whose sequence is divided among processes: rewritten, and equal to one process."""
+"""Models whose tokens are divided among processes, said by metadata: as on one process."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import pytest
+from divided import Case
+from divided import compare
 from processes import values
-from sharded import shard_of
-from sharded import whole_of
-from torch import Tensor
-from torch import distributed
-from torch import nn
 
 import compiled_sparse as cs
 
-GRID = (5, 6, 4)
+TILE = (2, 3, 2)
+STA = cs.STA(window_thw=(1, 3, 3), tile_thw=TILE)
+BY_HEAD = cs.STA(window_thw=((1, 1, 3), (3, 1, 1), (1, 3, 1)), tile_thw=TILE)
+TABLE = cs.WindowTable(
+    windows=((1, 1, 1), (3, 3, 1), (1, 3, 3)),
+    choice=(((0, 1, 2), (2, 1, 0)), ((1, 1, 1), (2, 0, 1))),
+)
+GATED = cs.VSA(sparsity=0.6, tile_thw=TILE, gate="to_gate_compress")
+SLA = cs.SLA(topk_ratio=0.3, block_q=8, block_k=4)
+CHUNKS = {"temporal_chunk_size": 1, "temporal_topk": 2, "spatial_chunk_size": (3, 5)}
+MOBA = cs.VMoBA(
+    **CHUNKS, spatial_topk=1, st_chunk_size=(2, 3, 5), st_topk=2, moba_select_mode="topk"
+)
+TEXT = cs.Text(after=5)
+BOTH = cs.Text(before=3, after=4)
+
+CALLS = 2
+"""Attention calls of the model."""
+
+FEW = [
+    Case(policy=STA, text=TEXT),
+    Case(policy=GATED, heads=3, attach=True, grid=(5, 7, 3), text=BOTH),
+]
+CASES = [
+    Case(policy="dense", text=BOTH, heads=3),
+    Case(policy=STA, text=TEXT, masked=True),
+    Case(policy=STA, heads=6, key_heads=2, grid=(5, 7, 3)),
+    Case(policy=BY_HEAD, heads=3, text=BOTH),
+    Case(policy=cs.STA(window_thw=TABLE, tile_thw=TILE), heads=3, step=1, attach=True),
+    Case(policy=cs.VSA(sparsity=0.6, tile_thw=TILE), text=TEXT, grid=(5, 7, 3)),
+    Case(policy=GATED, attach=True),
+    Case(policy=cs.VSA(sparsity=0.6, tile_thw=TILE, gate="ungated"), heads=1),
+    Case(policy=SLA, attach=True, heads=3),
+    Case(policy=SLA, text=TEXT, grid=(5, 7, 3)),
+    Case(policy=cs.SageSLA(topk_ratio=0.3), training=False, head_dim=64, grid=(8, 12, 10)),
+    Case(policy=MOBA, attach=True, grid=(4, 6, 10)),
+    Case(policy=cs.SWBA(block=8, window=3), grid=(5, 7, 3), heads=3),
+    Case(policy=STA, inner="inductor", heads=3, grid=(5, 7, 3)),
+    Case(policy=GATED, inner="inductor", attach=True),
+]
 
 
-class Attention(nn.Module):
-    def __init__(self, heads: int, width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = (
-            layer(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def _check(size: int, cases: list[Case]) -> None:
+    for rank, found in enumerate(values(size, compare, cases, limit_s=500)):
+        for case, each in zip(cases, found, strict=True):
+            assert max(each["errors"].values()) < 2e-5, (rank, case, each)
+            _check_counts(size, case, each)
 
 
-def _try() -> Any:
-    torch.manual_seed(0)
-    size, rank = distributed.get_world_size(), distributed.get_rank()
-    model = Attention(3, 24)
-    x = torch.randn(2, 120 + 7, 24)
-    policy = cs.STA(window_thw=(3, 3, 1), tile_thw=(2, 2, 2))
-    text = cs.Text(after=7)
-    local = shard_of(x[:, None], rank, size, text)[:, 0].requires_grad_()
-    compiled = torch.compile(
-        model,
-        backend="compiled_sparse",
-        fullgraph=True,
-        options={"policy": policy, "inner": "aot_eager", "strict": True},
-    )
-    with cs.metadata(grid_thw=GRID, text=text, mesh=distributed.group.WORLD):
-        out = compiled(local)
-    out.sum().backward()
-    return out.detach()
+def _check_counts(size: int, case: Case, found: dict[str, Any]) -> None:
+    exchanges = 0 if size == 1 else 2 * CALLS
+    if case.masked and size > 1:
+        exchanges += 1  # of the mask, which all calls share
+    assert (found["exchanges"], found["others"]) == (exchanges, 0), case
+    assert (found["sparse"] > 0) == (case.policy != "dense"), case
 
 
-def test_it() -> None:
-    outs = values(2, _try)
-    print(whole_of([o[:, None] for o in outs], 120, cs.Text(after=7)).shape)
+def test_two_processes_compute_what_one_does() -> None:
+    _check(2, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_mechanism_gives_on_several_processes_what_it_gives_on_one(size: int) -> None:
+    _check(size, CASES)
