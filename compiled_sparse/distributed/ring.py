@@ -6,6 +6,7 @@ For mechanisms whose pattern is fixed, so that any subset of the keys can be com
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def ring_attention(
             "shards of whole layers of tiles",
             next_step="divide heads among the ranks instead, or change frames, tile or ranks",
         )
-    config.check_heads(int(q.shape[1]))  # a constant, also where sizes are symbolic
+    config.check_heads(operator.index(q.shape[1]))  # a constant where sizes are symbolic
     pattern = ring_pattern(config, grid_thw, group.size)
     _check_tensors(q, k, v, key_mask, pattern, text)
     out: Tensor = torch.ops.compiled_sparse.ring_attention(
