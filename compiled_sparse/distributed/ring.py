@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,8 @@ def ring_attention(
     pass. Memory for other ranks' keys is that of two steps.
 
     Gradients of video tokens are complete. Those of text are parts: summed over the ranks, which is
-    the caller's, they are the gradients of the sum of all ranks' losses. In half dtypes the output
-    of each step is rounded before it is merged in float32.
+    the caller's, they are the gradients of the sum of all ranks' losses. Every rank has to run the
+    backward pass. In half dtypes what a step gives is rounded before it is merged in float32.
 
     Args:
         q: [batch, query heads, text before + own video + text after, head_dim].
@@ -106,17 +107,22 @@ def ring_attention(
     config.check_heads(operator.index(q.shape[1]))  # a constant where sizes are symbolic
     pattern = ring_pattern(config, grid_thw, group.size)
     _check_tensors(q, k, v, key_mask, pattern, text)
-    out: Tensor = torch.ops.compiled_sparse.ring_attention(
-        q,
-        k,
-        v,
-        key_mask,
-        *(pattern.kind, list(pattern.grid), list(pattern.tile)),
-        *(flatten_windows(pattern.windows), pattern.size, group.rank, group.name),
-        *(text.before, text.after),
-        scale,
-    )
+    arguments = ring_arguments(pattern, group, text)
+    out: Tensor = torch.ops.compiled_sparse.ring_attention(q, k, v, key_mask, *arguments, scale)
     return out
+
+
+def ring_arguments(pattern: RingPattern, group: SequenceGroup, text: Text) -> tuple[Any, ...]:
+    """Return what the op is given between the tensors and the scale.
+
+    Args:
+        pattern: What sees what.
+        group: The ranks.
+        text: Text tokens around the video.
+    """
+    windows = flatten_windows(pattern.windows)
+    geometry = (pattern.kind, list(pattern.grid), list(pattern.tile), windows)
+    return (*geometry, group.size, group.rank, group.name, text.before, text.after)
 
 
 def ring_refusal(

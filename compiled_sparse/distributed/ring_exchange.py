@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from torch import Tensor
 
 from compiled_sparse.distributed.ring_call import RingCall
@@ -14,8 +11,6 @@ from compiled_sparse.distributed.ring_schedule import Message
 from compiled_sparse.distributed.ring_schedule import Step
 
 Pair = tuple[Tensor, Tensor]
-
-NOTHING: Mapping[Step, Pair] = MappingProxyType({})
 
 
 class RingExchange:
@@ -33,19 +28,19 @@ class RingExchange:
         self._keys = keys
         self._brings_keys = False
 
-    def start(self, message: Message, gradients: Mapping[Step, Pair] = NOTHING) -> None:
+    def start(self, message: Message, gradients: Pair | None = None) -> None:
         """Start a message.
 
         Args:
-            message: Which steps' keys it brings and which steps' gradients it takes home.
-            gradients: Those of the keys that steps had brought here.
+            message: Which step's keys it brings, and which step's gradients it takes home.
+            gradients: Those of the keys that the step had brought here, if any.
         """
         outgoing, incoming = self._of_keys(message.keys)
         self._brings_keys = bool(incoming)
         if message.home is not None:
             part, sent = self._call.part(message.home), message.home.sent_by(self._call.group.rank)
-            if part is not None:
-                outgoing += [(part.source, each) for each in gradients[message.home]]
+            if part is not None and gradients is not None:
+                outgoing += [(part.source, each) for each in gradients]
             if sent is not None:
                 receiver, theirs = sent
                 incoming += [(receiver, self._shape(theirs.count))] * 2

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 import torch
-import torch.distributed._functional_collectives  # defines what follows the ops into a compiler
+import torch.distributed._functional_collectives  # tells compilers to keep every wait
 from torch import Tensor
 
 from compiled_sparse.sharding import SequenceGroup
@@ -37,7 +37,7 @@ class Messages:
         self._group = group
         self._dtype = seed.dtype
         self._token = seed[0, 0, 0, :1].expand(_TOKEN_SIZE)
-        self._received = seed
+        self._received: Tensor | None = None
         self._incoming: list[tuple[int, Shape]] = []
 
     def start(
@@ -50,7 +50,7 @@ class Messages:
             incoming: Senders and shapes, of one sender in the order in which it sends.
         """
         rank, size = self._group.rank, self._group.size
-        pieces = sorted([*outgoing, (rank, self._with_dtype(self._dtype))], key=itemgetter(0))
+        pieces = sorted([*outgoing, (rank, self._token.to(self._dtype))], key=itemgetter(0))
         self._incoming = [*incoming, (rank, (_TOKEN_SIZE,))]
         self._received = torch.ops._c10d_functional.all_to_all_single(
             torch.cat([piece.flatten() for _, piece in pieces]),
@@ -74,23 +74,21 @@ class Messages:
 
     def gather(self, mine: Tensor) -> Tensor:
         """Return a tensor of every rank, all of one shape; the ranks are a new first axis."""
-        packed = torch.cat([mine.flatten(), self._with_dtype(mine.dtype)])
+        packed = torch.cat([mine.flatten(), self._token.to(mine.dtype)])
         size, name = self._group.size, self._group.name
-        every = torch.ops._c10d_functional.all_gather_into_tensor(packed, size, name)
-        every = torch.ops._c10d_functional.wait_tensor(every).view(size, -1)
+        pending = torch.ops._c10d_functional.all_gather_into_tensor(packed, size, name)
+        received: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
+        every = received.view(size, -1)
         self._token = every[0, -_TOKEN_SIZE:]
         return every[:, :-_TOKEN_SIZE].reshape(size, *mine.shape)
 
     def sum(self, mine: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks."""
-        packed = torch.cat([mine.flatten(), self._with_dtype(mine.dtype)])
-        total = torch.ops._c10d_functional.all_reduce(packed, "sum", self._group.name)
-        total = torch.ops._c10d_functional.wait_tensor(total)
+        packed = torch.cat([mine.flatten(), self._token.to(mine.dtype)])
+        partial = torch.ops._c10d_functional.all_reduce(packed, "sum", self._group.name)
+        total: Tensor = torch.ops._c10d_functional.wait_tensor(partial)
         self._token = total[-_TOKEN_SIZE:]
         return total[:-_TOKEN_SIZE].view(mine.shape)
-
-    def _with_dtype(self, dtype: torch.dtype) -> Tensor:
-        return self._token.to(dtype)
 
 
 def _per_rank(size: int, numbers: Sequence[tuple[int, int]]) -> list[int]:

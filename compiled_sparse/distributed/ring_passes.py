@@ -114,14 +114,14 @@ class RingBackward:
         """Add what other ranks' keys give, and what other ranks find for the own keys."""
         call = self._call
         plan = backward_messages(call.steps)
-        found: dict[Step, Pair] = {}
+        found: dict[Step | None, Pair] = {}
         for place, message in enumerate(plan):
             keys, gradients = exchange.finish()
             following = plan[place + 1] if place + 1 < len(plan) else None
             # Only the last step's gradients are not there yet.
             waits = following is not None and following.home == message.keys
             if following is not None and not waits:
-                exchange.start(following, found)
+                exchange.start(following, found.pop(following.home, None))
             self._add_home(totals, message, gradients)
             part = None if message.keys is None else call.part(message.keys)
             if message.keys is not None and part is not None and keys is not None:
@@ -130,7 +130,7 @@ class RingBackward:
                 call.queries(totals[0], part).add_(grad_q)
                 found[message.keys] = of_keys[0], of_keys[1]
             if following is not None and waits:
-                exchange.start(following, found)
+                exchange.start(following, found.pop(following.home, None))
 
     def _add_home(self, totals: list[Tensor], message: Message, gradients: Pair | None) -> None:
         """Add gradients of own keys, which another rank has computed."""
