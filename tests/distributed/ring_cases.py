@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
+from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor
 from torch import distributed
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_sparse as cs
 from compiled_sparse.config import MechanismConfig
@@ -79,7 +85,7 @@ def group() -> SequenceGroup:
     return SequenceGroup(world.group_name, distributed.get_world_size(), distributed.get_rank())
 
 
-def in_ring(case: RingCase, compiler: str | None = None) -> Found:
+def in_ring(case: RingCase, compiler: str | Callable[..., Any] | None = None) -> Found:
     """Return this rank's output and gradients; the loss counts text on the first rank only."""
     ring = group()
     inputs, weights = case.tensors()
@@ -113,10 +119,11 @@ def in_rings(cases: list[RingCase], compiler: str | None = None) -> list[Found]:
     return [in_ring(case, compiler) for case in cases]
 
 
-def on_one(case: RingCase) -> Found:
-    """Return the reference's output and gradients over the whole sequence."""
+def on_one(case: RingCase, compute: torch.dtype | None = None) -> Found:
+    """Return the reference's output and gradients over the whole sequence, in a dtype."""
     inputs, weights = case.tensors()
-    inputs = [x.requires_grad_() for x in inputs]
+    inputs = [x.to(compute or x.dtype).requires_grad_() for x in inputs]
+    weights = weights.to(compute or weights.dtype)
     out = cs.reference.attention(
         *inputs,
         case.config,
@@ -127,3 +134,56 @@ def on_one(case: RingCase) -> Found:
     )
     assert isinstance(out, Tensor)
     return out.detach(), list(torch.autograd.grad(out, inputs, weights))
+
+
+WORDS = {
+    "_c10d_functional::all_to_all_single": "send",
+    "_c10d_functional::all_gather_into_tensor": "gather",
+    "_c10d_functional::all_reduce": "sum",
+    "_c10d_functional::wait_tensor": "wait",
+    "compiled_sparse::block_sparse_attention": "attend",
+    "compiled_sparse::block_sparse_attention_backward": "back",
+}
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes collectives and kernel ops in order, and what crosses from rank to rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+        self.received: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        word = WORDS.get(func._schema.name)
+        if word is not None:
+            self.order.append(word)
+        if word == "send":
+            rank = distributed.get_rank()
+            self.received.append(sum(size for i, size in enumerate(args[1]) if i != rank))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(cases: list[RingCase]) -> list[tuple[list[str], list[int]]]:
+    """Return what this rank does in both passes, in order, and the elements each message brings."""
+    found = []
+    for case in cases:
+        with _Recorder() as recorder:
+            in_ring(case)
+        found.append((recorder.order, recorder.received))
+    return found
+
+
+def collectives_of_graphs(case: RingCase) -> list[list[str]]:
+    """Return the collectives of the compiled forward and backward graph on this rank, in order."""
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+        graphs.append([name for name in names if name.startswith("_c10d_functional")])
+        return make_boxed_func(graph.forward)
+
+    in_ring(case, aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition))
+    return graphs
