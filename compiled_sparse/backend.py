@@ -19,6 +19,9 @@ import torch
 from torch import fx
 from torch._dynamo import lookup_backend
 
+from compiled_sparse.distributed.first_use import Joint
+from compiled_sparse.distributed.first_use import abandoning
+from compiled_sparse.distributed.first_use import together
 from compiled_sparse.guard import Guard
 from compiled_sparse.guard import read_findings
 from compiled_sparse.guard import report_findings
@@ -29,6 +32,7 @@ from compiled_sparse.metadata import current_layout
 from compiled_sparse.options import BackendOptions
 from compiled_sparse.options import parse_options
 from compiled_sparse.passes import SparseAttentionPass
+from compiled_sparse.passes.exchanges import exchanges_in
 from compiled_sparse.passes.fx import clone_dynamo_graph
 from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.probe import Probe
@@ -45,6 +49,7 @@ from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import current_sources
 from compiled_sparse.selector import dense_schedules
 from compiled_sparse.selector import reads_sparsity
+from compiled_sparse.sharding import SequenceGroup
 from compiled_sparse.strict import UNMATCHED_ADVICE
 from compiled_sparse.strict import missed_calls
 from compiled_sparse.strict import missed_error
@@ -111,6 +116,25 @@ class VariantKey:
     has_sparsity: bool = False
 
 
+@dataclass(frozen=True)
+class _Rewritten:
+    """A graph after the pass.
+
+    Args:
+        graph: The graph.
+        extra: What must be passed behind its own inputs.
+        joints: What other processes must have in common with this one to run it.
+    """
+
+    graph: fx.GraphModule
+    extra: tuple[RuntimeInput, ...]
+    joints: tuple[Joint, ...]
+
+    def runnable(self, compiled: Compiled) -> Compiled:
+        """Return the compiled graph as it is called with the graph's own inputs."""
+        return together(_with_inputs(compiled, self.extra), self.joints)
+
+
 class _Dispatcher:
     """The compiled variants of one graph, one per `VariantKey` that was called for."""
 
@@ -135,10 +159,13 @@ class _Dispatcher:
         key = self.key()
         if settings.guard is not None:
             key = replace(key, check_rows=settings.guard.rows)
-        rewritten, extra = self._rewrite(key)
-        appended = [each.tensor(current_call()) for each in extra]
-        compiled = _compile(rewritten, [*example_inputs, *appended], settings)
-        self._first = _with_inputs(compiled, extra)
+        groups = _groups_of(key)
+        with abandoning(groups):
+            rewritten = self._rewrite(key)
+            groups[:] = [joint.group for joint in rewritten.joints]
+            appended = [each.tensor(current_call()) for each in rewritten.extra]
+            compiled = _compile(rewritten.graph, [*example_inputs, *appended], settings)
+        self._first = rewritten.runnable(compiled)
         self._variants: dict[VariantKey, Compiled] = {key: self._first}
 
     def as_callable(self) -> Compiled:
@@ -174,7 +201,7 @@ class _Dispatcher:
             current_layout(), sources.forced, sources.environment, dense, has_sparsity=has_sparsity
         )
 
-    def _rewrite(self, key: VariantKey) -> tuple[fx.GraphModule, tuple[RuntimeInput, ...]]:
+    def _rewrite(self, key: VariantKey) -> _Rewritten:
         rewritten = clone_dynamo_graph(self._pristine)
         sources = PolicySources(self._settings.policy, key.forced, key.environment)
         rewrite = self._pass(key, sources)
@@ -188,7 +215,9 @@ class _Dispatcher:
         if policy not in self._announced:
             self._announced.add(policy)
             _announce_unmatched(decisions, policy, self._settings.strict)
-        return rewritten, rewrite.runtime_inputs
+        return _Rewritten(
+            rewritten, rewrite.runtime_inputs, _joints(rewritten, key, policy, decisions)
+        )
 
     def _pass(self, key: VariantKey, sources: PolicySources) -> SparseAttentionPass:
         if self._settings.probe is not None:
@@ -210,9 +239,10 @@ class _Dispatcher:
                 def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
                     return _compile(graph, list(inputs), settings)
 
-                rewritten, extra = self._rewrite(key)
-                compiled = torch.compile(rewritten, backend=inner)
-                self._variants[key] = _with_inputs(compiled, extra)
+                with abandoning(_groups_of(key)):
+                    rewritten = self._rewrite(key)
+                compiled = torch.compile(rewritten.graph, backend=inner)
+                self._variants[key] = rewritten.runnable(compiled)
             return self._variants[key]
 
     def checked(self, key: VariantKey) -> tuple[Compiled, tuple[str, ...]]:
@@ -238,6 +268,31 @@ class _Dispatcher:
 
 
 _DENSE = as_policy("dense")
+
+
+def _groups_of(key: VariantKey) -> list[SequenceGroup]:
+    """The processes that will wait for this one, as far as the caller said."""
+    group = None if key.layout is None else key.layout.group
+    return [] if group is None else [group]
+
+
+def _joints(
+    graph: fx.GraphModule, key: VariantKey, policy: Policy, decisions: Sequence[Decision]
+) -> tuple[Joint, ...]:
+    """Return what the processes that exchange tokens in a graph must have in common."""
+    calls = (f"{each.path}: {each.mechanism or each.reason}" for each in decisions)
+    layout = key.layout
+    facts = {
+        "policy": policy.to_json(),
+        "video": "" if layout is None else f"grid {layout.grid_thw}, {layout.text}",
+        "dense steps": ", ".join(sorted(map(repr, key.dense_schedules))),
+        "attention calls": "; ".join(calls),
+    }
+    return tuple(
+        Joint(group, {**facts, "exchanges": "; ".join(words)})
+        for group, words in exchanges_in(graph).items()
+        if group.size > 1
+    )
 
 
 class _GuardedRun:

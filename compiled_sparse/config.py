@@ -116,6 +116,23 @@ class MechanismConfig:
         """Denoising steps at the start that stay dense."""
         return 0
 
+    @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone.
+
+        Only then may the heads of one call be divided among processes.
+        """
+        return False
+
+    def for_heads(self, first: int, last: int) -> MechanismConfig:
+        """Return what some of the query heads do.
+
+        Args:
+            first: First head.
+            last: The one behind the last.
+        """
+        return self
+
     def check_heads(self, heads: int) -> None:
         """Check that the config fits a number of query heads.
 
@@ -364,6 +381,23 @@ class STA(MechanismConfig):
             )
         return auto_tile(grid) if self.tile_thw == "auto" else self.tile_thw
 
+    @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone."""
+        return True
+
+    def for_heads(self, first: int, last: int) -> STA:
+        """Return the windows of some of the query heads.
+
+        Args:
+            first: First head.
+            last: The one behind the last.
+        """
+        if self.num_heads == 1:
+            return self
+        windows = self.windows[first:last] if self.table is None else self.table.heads(first, last)
+        return dataclasses.replace(self, window_thw=windows)
+
     def check_heads(self, heads: int) -> None:
         """Check that there is one window for all query heads, or one for each.
 
@@ -408,6 +442,11 @@ class SWBA(MechanismConfig):
                 expected="block in tokens and window in blocks, integers of at least 1",
                 next_step="pass block=256, window=4, for instance",
             )
+
+    @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone."""
+        return True
 
     @property
     def grid_is_sequence(self) -> bool:

@@ -96,6 +96,11 @@ class SLA(MechanismConfig):
             )
 
     @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone."""
+        return True
+
+    @property
     def query_tile(self) -> tuple[int, ...]:
         """Sides of a query block."""
         return self.block_q if isinstance(self.block_q, tuple) else (self.block_q,)

@@ -161,6 +161,11 @@ class VMoBA(MechanismConfig):
         return [each.name for each in fields if getattr(self, each.name) != each.default]
 
     @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone."""
+        return self.moba_threshold_type in ("query_head", "head_global")
+
+    @property
     def num_axes(self) -> int:
         """Number of grid axes this config is written for."""
         return 3

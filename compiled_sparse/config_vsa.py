@@ -54,6 +54,11 @@ class VSA(MechanismConfig):
         _require_gate(self.gate)
 
     @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone."""
+        return True
+
+    @property
     def num_axes(self) -> int:
         """Number of grid axes this config is written for."""
         return len(self.tile_thw)

@@ -19,6 +19,8 @@ from compiled_sparse.errors import MetadataError
 from compiled_sparse.layout import Text
 from compiled_sparse.layout import as_grid
 from compiled_sparse.layout import check_text
+from compiled_sparse.sharding import SequenceGroup
+from compiled_sparse.sharding import sequence_group
 
 logger = logging.getLogger("compiled_sparse")
 
@@ -60,10 +62,13 @@ class LayoutMetadata:
         grid_thw: Token grid after patching, slowest axis first.
         text: Text tokens around the video tokens; None where nobody said, so that only the graph
             can tell where the video is in a longer sequence.
+        group: The processes that the video's tokens are divided among; None where each call has
+            them all.
     """
 
     grid_thw: tuple[int, ...]
     text: Text | None = None
+    group: SequenceGroup | None = None
 
     @property
     def num_video_tokens(self) -> int:
@@ -172,6 +177,7 @@ def metadata(
     step: int | None = None,
     num_steps: int | None = None,
     sparsity: float | None = None,
+    mesh: Any = None,
 ) -> Iterator[None]:
     """Say what the calls inside the block are about.
 
@@ -186,13 +192,18 @@ def metadata(
         step: Index of the denoising step, from 0.
         num_steps: Number of denoising steps.
         sparsity: Fraction of the work to leave out, for mechanisms that read it at run time.
+        mesh: One-dimensional `DeviceMesh`, or `ProcessGroup`, of the processes that the video's
+            tokens are divided among: each holds a run of them in raster order, in rank order, as
+            long on every rank (what is too much at the end is padding), and all of the text.
 
     Raises:
-        LayoutError: if the grid is not one to three positive integers, or text comes without one.
+        LayoutError: if the grid is not one to three positive integers, or text or mesh come without
+            one.
         MetadataError: if step, number of steps or sparsity are out of range.
+        DistributedError: if the mesh has several dimensions, or names no processes.
     """
     outer = _current.get()
-    layout = _layout(outer.layout, grid_thw, text)
+    layout = _layout(outer.layout, grid_thw, text, mesh)
     given = {"step": step, "num_steps": num_steps, "sparsity": sparsity}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     token = _current.set(State(layout, dataclasses.replace(outer.call, **changed)))
@@ -256,20 +267,22 @@ def _set_step(
 
 
 def _layout(
-    outer: LayoutMetadata | None, grid_thw: tuple[int, ...] | None, text: Text | None
+    outer: LayoutMetadata | None, grid_thw: tuple[int, ...] | None, text: Text | None, mesh: Any
 ) -> LayoutMetadata | None:
-    if grid_thw is None and text is None:
+    if grid_thw is None and text is None and mesh is None:
         return outer
-    if grid_thw is None and outer is not None:
-        grid_thw = outer.grid_thw
-    if text is None and outer is not None:
-        text = outer.text
+    group = None if mesh is None else sequence_group(mesh)
+    if outer is not None:
+        grid_thw = outer.grid_thw if grid_thw is None else grid_thw
+        text = outer.text if text is None else text
+        group = outer.group if group is None else group
     if grid_thw is None:
+        given = f"{text}" if mesh is None else f"{text}, a mesh"
         raise LayoutError(
             "metadata without a grid",
-            got=f"grid_thw=None, {text} and no enclosing block with a grid",
+            got=f"grid_thw=None, {given} and no enclosing block with a grid",
             expected="the token grid of the video",
             next_step="pass grid_thw=(T, H, W), counted in tokens after patching",
         )
     check_text(text)
-    return LayoutMetadata(as_grid(grid_thw), text)
+    return LayoutMetadata(as_grid(grid_thw), text, group)

@@ -37,6 +37,11 @@ REASONS: dict[str, str] = {
     "both vary. Compile with dynamic=False.",
     "axes_mismatch": "The config is for another number of grid axes. Pass matching windows.",
     "heads_mismatch": "One window per head was given, for another number of heads.",
+    "heads_divided": "The heads of the call are on several processes, and what a head attends to "
+    'depends on the others (VMoBA with "overall" or "block"), or is not known not to. Choose '
+    "another moba_threshold_type; a foreign config says so with has_separate_heads.",
+    "keys_gathered": "The keys of other processes are brought to this one's queries (ring, or all "
+    "keys gathered). Divide heads instead: Ulysses.",
     "mask_unsupported": "The attention mask is not provably a key-padding mask.",
     "dropout": "Dropout inside attention. Set the attention dropout to 0.",
     "causal": "Causal attention. The mechanism is not causal token by token.",
@@ -49,7 +54,7 @@ REASONS: dict[str, str] = {
     "broadcast_unsupported": "Keys or values are broadcast over the batch or over query heads. "
     "Expand them, or repeat the heads.",
     "other_attention": "Not scaled_dot_product_attention (flex_attention, "
-    "multi_head_attention_forward). Left alone.",
+    "multi_head_attention_forward, the kernels of ring attention). Left alone.",
 }
 
 EXPECTED_DENSE = frozenset(

@@ -7,6 +7,9 @@ Method: DeepSpeed-Ulysses, arXiv 2309.14509.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from compiled_sparse.errors import DistributedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +82,40 @@ def head_shares(num_heads: int, num_key_heads: int, parts: int) -> tuple[HeadSha
         found.append(HeadShare((start, stop), tuple(dict.fromkeys(keys)) if is_shared else keys))
         start = stop
     return tuple(found)
+
+
+def run_length(num_video: int, parts: int) -> int:
+    """Return how many of a video's tokens each rank holds, padding included.
+
+    Args:
+        num_video: Tokens of the whole video.
+        parts: Number of ranks.
+    """
+    return -(-num_video // parts)
+
+
+def sequence_group(where: Any) -> SequenceGroup:
+    """Return the processes a device mesh or a process group says.
+
+    Args:
+        where: A `DeviceMesh` of one dimension, or a `ProcessGroup`.
+
+    Raises:
+        DistributedError: if it is neither, has more dimensions, or this process is not in it.
+    """
+    if getattr(where, "ndim", 1) != 1:
+        raise DistributedError(
+            "the mesh has more than one dimension",
+            got=f"dimensions {where.mesh_dim_names} of sizes {tuple(where.mesh.shape)}",
+            expected="the one dimension that the sequence is divided along",
+            next_step='pass that one: mesh["ulysses"], for instance',
+        )
+    group = where.get_group() if hasattr(where, "get_group") else where
+    if not hasattr(group, "group_name"):
+        raise DistributedError(
+            "this names no processes",
+            got=repr(where)[:80],
+            expected="a torch.distributed DeviceMesh or ProcessGroup that this process is in",
+            next_step='pass init_device_mesh("cuda", (world_size,)), for instance',
+        )
+    return SequenceGroup(str(group.group_name), group.size(), group.rank())

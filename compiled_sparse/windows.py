@@ -72,6 +72,13 @@ class WindowTable:
         steps, layers = range(self.num_steps), range(self.num_layers)
         return tuple(self.row(step, layer) for step in steps for layer in layers)
 
+    def heads(self, first: int, last: int) -> WindowTable:
+        """Return the table of some of the heads, from the first to the one behind the last."""
+        if self.num_heads == 1:
+            return self
+        choice = tuple(tuple(heads[first:last] for heads in layers) for layers in self.choice)
+        return WindowTable(windows=self.windows, choice=choice)
+
     def describe(self) -> str:
         """Return the table in a few characters, for reports."""
         sizes = f"{self.num_steps} steps x {self.num_layers} layers x {self.num_heads} heads"

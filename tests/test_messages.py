@@ -14,6 +14,7 @@ from typing import Any
 from typing import ClassVar
 
 import calibration_cases
+import distributed_cases
 import measuring_cases
 import pytest
 import torch
@@ -89,6 +90,7 @@ MODULES = (
     "cli/explain",
     "mechanisms/block_selector",
     "mechanisms/contract",
+    *distributed_cases.MODULES,
     *calibration_cases.MODULES,
     *measuring_cases.MODULES,
 )
@@ -890,6 +892,7 @@ CASES = {
         "pass ratio as",
         lambda: truncated_top_k(10, 1.5),
     ),
+    **distributed_cases.CASES,
     **calibration_cases.CASES,
     **measuring_cases.CASES,
     "size of a video": Case(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from compiled_sparse.ops import bind as _bind  # noqa: F401 - registers the markers
+from compiled_sparse.ops import rank_sums as _rank_sums  # noqa: F401 - registers collectives
+from compiled_sparse.ops import ulysses as _ulysses  # noqa: F401 - registers the exchanges
 from compiled_sparse.ops.attention import attention
 from compiled_sparse.ops.bit_masks import pack_bits
 from compiled_sparse.ops.bit_masks import unpack_bits

@@ -37,6 +37,8 @@ def _autocast_kernel(op_name: str, device_type: str, key: str) -> Any:
 
 
 def _cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
+    if isinstance(value, list | tuple):
+        return [_cast(each, device_type, dtype) for each in value]
     if not isinstance(value, Tensor) or value.device.type != device_type:
         return value
     # A 0-d tensor is a number of the call, such as a sparsity, that half precision would round.

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _SELF = re.compile(r"^L\['[^']*'\](?:\.__self__)?")
 _MODULES = re.compile(r"(?:\.__dict__)?\['_modules'\]|\._modules")
+_HOOK = re.compile(r"\.forward\.func\.__closure__\[\d+\]\.cell_contents")
 _KEY = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 _GETATTR = re.compile(r"getattr\((.*), '([^']*)'\)")
 
@@ -164,8 +165,9 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     while match := _GETATTR.fullmatch(path):
         path = f"{match[1]}.{match[2]}"
-    # The second call of an attached module is seen through the method that was put on it.
-    path = _MODULES.sub("", _SELF.sub("", path)).replace(".forward.__self__", "")
+    # A module with a hook on its forward is seen through it, and so is the second call of an
+    # attached one.
+    path = _MODULES.sub("", _SELF.sub("", _HOOK.sub("", path))).replace(".forward.__self__", "")
     return _KEY.sub(r".\1", path).strip(".")
 
 

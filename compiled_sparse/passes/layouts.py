@@ -30,6 +30,7 @@ from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import named_atoms
 from compiled_sparse.passes.tracks import track_size
+from compiled_sparse.passes.ulysses import gathers_from_ranks
 
 MAX_AXES = 3
 
@@ -84,7 +85,7 @@ def find_layout(site: Site, given: LayoutMetadata | None) -> SiteLayout | Refusa
     Returns:
         The layout, or the refusal.
     """
-    refusal = _refuse_other_tokens(site)
+    refusal = refuse_other_tokens(site)
     if refusal is not None:
         return refusal
     layout = _given_layout(site, given) or _layout_of_graph(site)
@@ -118,7 +119,7 @@ def as_sequence(
         numbers = (layout.grid, layout.text_before, layout.text_after)
         grid = sequence_grid(*numbers) if is_static(layout) else (length,)
         return SiteLayout(grid, origin=layout.origin, readers=readers)
-    if layout.reason not in ("layout_unknown", "several_grids") or _refuse_other_tokens(site):
+    if layout.reason not in ("layout_unknown", "several_grids") or refuse_other_tokens(site):
         return layout
     if _holds_whole_videos(site):
         return SiteLayout((length,), readers=readers)
@@ -146,10 +147,19 @@ def _is_unsplit(track: Track) -> bool:
     return not any(map(named_atoms, origins)) and all(part.cut is None for part in track)
 
 
-def _refuse_other_tokens(site: Site) -> Refusal | None:
-    """Refuse what is not provably the self-attention of the video's tokens, or of unknown ones."""
+def refuse_other_tokens(site: Site) -> Refusal | None:
+    """Refuse what is not provably the self-attention of the video's tokens, or of unknown ones.
+
+    Args:
+        site: The call.
+
+    Returns:
+        The refusal, or None.
+    """
     if site.lost_at is not None:
         return Refusal("layout_unknown", f"tensor written in place by {site.lost_at.name!r}")
+    if not site.is_self_length and gathers_from_ranks(site.arguments["key"]):
+        return Refusal("keys_gathered", "keys of other processes with queries of this one")
     if not site.is_self_length:
         return Refusal("cross_attention", "queries and keys differ in length")
     if site.graph_has_video and site.query_from_video != site.key_from_video:

@@ -131,6 +131,11 @@ class ProbePass(SparseAttentionPass):
             results = (site.node, out, _log_sum(anchor, out), sampled, shown)
             sums.append(_call(case, anchor, ops.candidate_errors.default, results))
         stacked = _call(case, anchor, torch.stack, (sums,))
+        if site.exchange is not None:
+            group = site.exchange.group
+            heads = [share.num_query for share in site.exchange.shares]
+            arguments = (stacked, group.name, group.rank, heads)
+            stacked = _call(case, anchor, ops.join_heads.default, arguments)
         outputs.hand_out(_probed_site(case, replacements), site.owner, stacked)
 
 
@@ -142,7 +147,7 @@ def _probed_site(case: Case, replacements: list[Replacement]) -> ProbedSite:
         kind=case.facts.kind,
         grid_thw=layout.grid_hint,
         text=(hint(layout.text_before), hint(layout.text_after)),
-        heads=hint(query.shape[1]),
+        heads=case.site.num_heads,
         head_dim=hint(query.shape[3]),
         densities=tuple(each.chosen.density for each in replacements),
         tiles=tuple(each.chosen.tile for each in replacements),

@@ -56,9 +56,17 @@ def prove(
     if not is_static(layout) and not can_be_dynamic(site, layout):
         return Refused("layout_dynamic")
     text = Text(hint(layout.text_before), hint(layout.text_after))
-    heads = hint(site.tensor("query").shape[1])
-    chosen = choose(config, layout.grid_hint, text.before, text.after, heads, sparsity)
+    chosen = choose(config, layout.grid_hint, text.before, text.after, site.num_heads, sparsity)
+    if site.exchange is not None and isinstance(chosen, Chosen):
+        return _divided(site, layout, chosen)
     return chosen if isinstance(chosen, Refused) else (layout, chosen)
+
+
+def _divided(site: Site, layout: SiteLayout, chosen: Chosen) -> tuple[SiteLayout, Chosen] | Refused:
+    """Refuse what looks at several heads at once: each process has only some of them."""
+    if chosen.config.has_separate_heads:
+        return layout, chosen
+    return Refused("heads_divided", f"{site.num_heads} heads on several processes")
 
 
 def _call_supported(site: Site, capabilities: Capabilities) -> Refused | None:

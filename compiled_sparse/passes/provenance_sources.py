@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_rules import rank_of
 from compiled_sparse.passes.tracks import Axes
 from compiled_sparse.passes.tracks import Kind
+from compiled_sparse.passes.tracks import Part
 from compiled_sparse.passes.tracks import Piece
 from compiled_sparse.passes.tracks import Reader
 from compiled_sparse.passes.tracks import Track
@@ -42,9 +44,14 @@ def _start_grid(
 
 def _renamed(track: Track, names: Names) -> Track:
     """Call input axes by the names they have as axes of a grid."""
-    return tuple(
-        part_of([new for atom in part.atoms for new in _new_atoms(atom, names)]) for part in track
-    )
+    return tuple(_renamed_part(part, names) for part in track)
+
+
+def _renamed_part(part: Part, names: Names) -> Part:
+    if not any(atom in names for atom in part.atoms):
+        return part
+    renamed = part_of([new for atom in part.atoms for new in _new_atoms(atom, names)])
+    return replace(renamed, cut=part.cut)
 
 
 def _new_atoms(atom: Any, names: Names) -> Sequence[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compiled_sparse.config import MechanismConfig
 from compiled_sparse.passes.decisions import sparse_decision
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
@@ -97,7 +98,7 @@ class Replacement:
         with graph.inserting_before(before):
             grid, *text = layout_arguments(site, self.layout)
             call = self._lower(grid, *text)
-            config = self.chosen.config
+            config = self._config
             runtime = self.arguments.nodes(call.runtime_inputs, config, (text[0], text[1]))
             inputs = (query, key, value, mask.keys, *call.arguments, *runtime)
             op = graph.call_function(call.op, (*inputs, site.arguments["scale"]))
@@ -108,7 +109,14 @@ class Replacement:
     def _lower(self, grid: Any, *text: Any) -> OpCall:
         mechanism = mechanism_of(self.chosen.config)
         assert mechanism is not None
-        return mechanism.lower(self.chosen.config, self.chosen.tile, grid, *text)
+        return mechanism.lower(self._config, self.chosen.tile, grid, *text)
+
+    @property
+    def _config(self) -> MechanismConfig:
+        """What the op computes: the part for this process's heads, where it has only some."""
+        exchange = self.site.exchange
+        config = self.chosen.config
+        return config if exchange is None else config.for_heads(*exchange.heads)
 
 
 def _describe(site: Site, op: fx.Node, out: fx.Node) -> None:

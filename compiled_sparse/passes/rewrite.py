@@ -15,6 +15,7 @@ from compiled_sparse.passes.cases import has_graph_break
 from compiled_sparse.passes.checks import add_check
 from compiled_sparse.passes.decisions import dense_decision
 from compiled_sparse.passes.decisions import other_decision
+from compiled_sparse.passes.divided import divide
 from compiled_sparse.passes.further_outputs import FurtherOutputs
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import SiteLayout
@@ -82,7 +83,7 @@ class SparseAttentionPass:
             which tensors must be passed behind the graph's own inputs, and `further_outputs` what
             those behind its own outputs are about: for checks, the paths of the calls.
         """
-        edited = lower_einops(owner)
+        edited = [*lower_einops(owner), *divide(owner, self.layout)]
         markers, runtime, outputs = Markers(owner), RuntimeInputs(owner), FurtherOutputs(owner)
         edited += markers.erase()
         sites, others = find_sites(owner)

@@ -98,7 +98,7 @@ class RuntimeArguments:
     @functools.cached_property
     def _hidden(self) -> HiddenState | Refused:
         assert self._gate is not None
-        return find_hidden_state(self._site, self._layout, self._gate)
+        return find_hidden_state(self._site.local, self._layout, self._gate)
 
     def _used_projection(self, config: MechanismConfig) -> Projection | None:
         return None if config.projection_name is None else self._projection
@@ -164,7 +164,12 @@ class RuntimeArguments:
         if self._gate is None:
             return None
         assert not isinstance(self._hidden, Refused)
-        return insert_gate(self._site, self._hidden, self._gate, text)
+        exchange = self._site.exchange
+        if exchange is None:
+            return insert_gate(self._site, self._hidden, self._gate, text)
+        with self._site.node.graph.inserting_before(exchange.node):
+            gate = insert_gate(self._site.local, self._hidden, self._gate, text)
+        return exchange.carry(gate)
 
     def _projection_node(self, name: str, config: MechanismConfig) -> fx.Node | None:
         projection = self._used_projection(config)

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
-from torch.fx.operator_schemas import normalize_function
 
 from compiled_sparse.passes import mask_rules as _mask_rules  # noqa: F401 - registers the rules
 from compiled_sparse.passes import mask_structure as _mask_structure  # noqa: F401 - likewise
+from compiled_sparse.passes import provenance_exchanges as _exchanges  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_positions as _positions  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_rules as _rules  # noqa: F401 - registers the rules
 from compiled_sparse.passes import provenance_shapes as _shapes  # noqa: F401 - registers the rules
 from compiled_sparse.passes import provenance_sources as _sources  # noqa: F401 - rules
 from compiled_sparse.passes import provenance_writes as _writes  # noqa: F401 - registers the rules
 from compiled_sparse.passes.combining import shares_provenance
+from compiled_sparse.passes.exchanges import Exchange
+from compiled_sparse.passes.exchanges import exchange_before
 from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
@@ -28,12 +30,16 @@ from compiled_sparse.passes.mask_analysis import masks_at
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import Visit
+from compiled_sparse.passes.sdpa import arguments_of
+from compiled_sparse.passes.sdpa import is_sdpa
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import track_size
 
-SDPA = F.scaled_dot_product_attention
-_SDPA_TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
-OTHER_ATTENTION = frozenset({"flex_attention", "multi_head_attention_forward"})
+_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+OTHER_ATTENTION = frozenset(
+    {"flex_attention", "multi_head_attention_forward"}
+    | {f"_scaled_dot_product_{kernel}" for kernel in _KERNELS}
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Site:
         key_from_video: Whether the keys are.
         lost_at: The write that ended the analysis before this call, if one did.
         mask: What the attention mask holds, where that is known.
+        exchange: What brought together its tokens, where they are divided among processes.
     """
 
     node: fx.Node
@@ -75,6 +82,30 @@ class Site:
     key_from_video: bool
     lost_at: fx.Node | None
     mask: MaskValue | None = None
+    exchange: Exchange | None = None
+
+    @property
+    def local(self) -> Site:
+        """The call as it would be of this rank's tokens and all heads, to find its gate."""
+        if self.exchange is None:
+            return self
+        nodes = self.exchange.local
+        query, key, value = (self.analysis.of(nodes[name])[-2] for name in nodes)
+        return dataclasses.replace(
+            self,
+            arguments={**self.arguments, **nodes},
+            query_track=query,
+            key_track=key,
+            value_track=value,
+            exchange=None,
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads, those of other processes included."""
+        if self.exchange is not None:
+            return self.exchange.num_heads
+        return hint(self.tensor("query").shape[1])
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the fake tensor of argument `query`, `key`, `value` or `attn_mask`."""
@@ -128,7 +159,7 @@ def _collect(
 ) -> None:
     if visit.node.op != "call_function":
         return
-    if visit.node.target in _SDPA_TARGETS:
+    if is_sdpa(visit.node):
         sites.append(_site(visit, root))
     elif op_name(visit.node) in OTHER_ATTENTION:
         others.append(OtherAttention(module_path(visit.node), op_name(visit.node)))
@@ -145,20 +176,13 @@ def _unentered(owner: fx.GraphModule, entered: set[int]) -> list[fx.GraphModule]
     return found
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    normalized = normalize_function(SDPA, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
-    assert normalized is not None
-    return dict(normalized.kwargs)
-
-
 def _mask_of(node: fx.Node) -> Any:
-    is_site = node.op == "call_function" and node.target in _SDPA_TARGETS
-    return _arguments(node)["attn_mask"] if is_site else None
+    return arguments_of(node)["attn_mask"] if is_sdpa(node) else None
 
 
 def _site(visit: Visit, root: fx.GraphModule) -> Site:
     node, analysis = visit.node, visit.analysis
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     nodes = tuple(arguments[name] for name in ("query", "key", "value"))
     query, key, value = map(analysis.of, nodes)
     return Site(
@@ -177,6 +201,7 @@ def _site(visit: Visit, root: fx.GraphModule) -> Site:
         query_from_video=analysis.is_from_video(arguments["query"]),
         key_from_video=analysis.is_from_video(arguments["key"]),
         lost_at=analysis.lost_at,
+        exchange=exchange_before(nodes[0]),
     )
 
 

@@ -14,11 +14,13 @@ from types import BuiltinFunctionType
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 from torch._ops import OpOverload
 from torch._ops import OpOverloadPacket
 
+from compiled_sparse.ops import ulysses as _ulysses  # noqa: F401 - defines the exchanges
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import nested_graphs
@@ -26,6 +28,7 @@ from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import submodule_of
 
+_OPS = torch.ops.compiled_sparse
 _TORCH_MODULES = ("torch", "_operator", "operator")
 _DYNAMO = ["torch", "_dynamo"]
 _OPERATIONS = OpOverload | OpOverloadPacket
@@ -139,7 +142,8 @@ def is_trusted(node: fx.Node) -> bool:
     if _option(node, "out") is not None:
         return False
     if isinstance(node.target, _OPERATIONS):
-        return _module_of(node).split(".")[:3] == ["torch", "_ops", "aten"]
+        is_exchange = node.target in (_OPS.scatter_heads.default, _OPS.gather_heads.default)
+        return is_exchange or _module_of(node).split(".")[:3] == ["torch", "_ops", "aten"]
     return _is_torch(node)
 
 

@@ -30,7 +30,7 @@ from modules import video
 from torch import Tensor
 
 from compiled_sparse.passes import proof
-from compiled_sparse.passes.sites import SDPA
+from compiled_sparse.passes.sdpa import SDPA
 from compiled_sparse.selector import capabilities_of
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

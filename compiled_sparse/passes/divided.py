@@ -1,0 +1,133 @@
+"""Attention calls whose tokens are divided among processes: found, and given their exchanges.
+
+Two ways lead here. A caller says so with `cs.metadata(mesh=...)`, of a model that knows nothing of
+other processes: its calls attend to this rank's tokens and would be wrong if left alone. Or a model
+brings its own Ulysses exchanges, which are recognised (`compiled_sparse.passes.ulysses`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from compiled_sparse.errors import DistributedError
+from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.passes.exchanges import put_around
+from compiled_sparse.passes.fx import call
+from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.layouts import Refusal
+from compiled_sparse.passes.layouts import refuse_other_tokens
+from compiled_sparse.passes.sites import Site
+from compiled_sparse.passes.sites import find_sites
+from compiled_sparse.passes.ulysses import replace_exchanges
+from compiled_sparse.sharding import SequenceGroup
+from compiled_sparse.sharding import run_length
+
+
+def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.GraphModule]:
+    """Put exchanges around the calls of a graph whose tokens are divided among processes.
+
+    Args:
+        owner: Graph module, edited; those nested in it, too.
+        given: What `cs.metadata` says.
+
+    Returns:
+        The graph modules that changed and need recompiling.
+
+    Raises:
+        DistributedError: if tokens are said to be divided and a call that attends to this rank's
+            alone cannot be given the others'.
+    """
+    edited = replace_exchanges(owner)
+    if given is None or given.group is None or given.group.size == 1:
+        return edited
+    sites, _ = find_sites(owner)
+    for site in sites:
+        if site.exchange is None and _is_divided(site, given, given.group):
+            _divide(site, given, given.group)
+            edited.append(site.owner)
+    return edited
+
+
+def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool:
+    """Whether a call attends among this rank's tokens.
+
+    Raises:
+        DistributedError: if it does in a form that no exchange can be put around, or there is no
+            telling.
+    """
+    if site.tensor("query").dim() != 4 or not site.is_self_length:
+        return False
+    rows = hint(site.tensor("query").shape[2])
+    text = given.text
+    run = run_length(given.num_video_tokens, group.size)
+    of_text = 0 if text is None else text.before + text.after
+    if rows < run:
+        return False
+    refusal = refuse_other_tokens(site)
+    if refusal is not None and refusal.reason in ("cross_attention", "not_video"):
+        return False
+    if rows != run + of_text:
+        raise _misfit(site, given, group, rows, run)
+    if refusal is not None:
+        raise _unproven(site, refusal)
+    if not _is_key_mask(site):
+        raise _unproven(site, Refusal("mask_unsupported", "a mask that differs between queries"))
+    if site.arguments["is_causal"]:
+        raise _unproven(site, Refusal("causal", "is_causal=True"))
+    return True
+
+
+def _is_key_mask(site: Site) -> bool:
+    """Whether there is no mask, or one that is the same for all heads and queries."""
+    if site.arguments["attn_mask"] is None:
+        return True
+    shape = site.tensor("attn_mask").shape
+    is_whole = same(shape[-1], site.tensor("key").shape[2])
+    return is_whole and all(same(size, 1) for size in shape[-3:-1])
+
+
+def _misfit(
+    site: Site, given: LayoutMetadata, group: SequenceGroup, rows: int, run: int
+) -> DistributedError:
+    whole = given.num_video_tokens
+    is_whole = rows >= whole
+    advice = (
+        "divide the tokens before the model, or leave out mesh="
+        if is_whole
+        else "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
+    )
+    return DistributedError(
+        f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has another number",
+        got=f"{rows} tokens in the call, {given.text or 'no text'} given",
+        expected=f"{run} tokens of the video ({whole} on {group.size} ranks), and the text's",
+        next_step=advice,
+    )
+
+
+def _unproven(site: Site, refusal: Refusal) -> DistributedError:
+    return DistributedError(
+        f"{site.path or 'a call'} attends to this rank's tokens only, and nothing can be put "
+        "around it",
+        got=f"{refusal.reason}: {refusal.detail}",
+        expected="self-attention over one sequence, with a mask [batch, 1, 1, length] at most",
+        next_step="leave out mesh= and divide the attention in the model, with "
+        "compiled_sparse.distributed.DistributedAttention",
+    )
+
+
+def _divide(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
+    query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
+    text = given.text
+    around = (0, 0) if text is None else (text.before, text.after)
+    users = list(site.node.users)
+    mask = site.arguments["attn_mask"]
+    if mask is not None:
+        with site.node.graph.inserting_before(site.node):
+            numbers = (group.name, group.size, given.num_video_tokens, *around)
+            whole = call(torch.ops.compiled_sparse.gather_mask.default, mask, *numbers)
+        site.node.replace_input_with(mask, whole)
+    out = put_around(site.node, (query, key, value), group, given.num_video_tokens, around)
+    for user in users:
+        user.replace_input_with(site.node, out)

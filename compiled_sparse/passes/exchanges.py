@@ -1,0 +1,170 @@
+"""Exchanges around an attention call whose tokens are divided among processes.
+
+Between them the call is one of all tokens and some of the heads, as if nothing were divided: it is
+decided and rewritten like any other, and stays right where it stays dense.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiled_sparse.ops import ulysses as _op  # noqa: F401 - defines the ops
+from compiled_sparse.passes.fx import all_nested
+from compiled_sparse.passes.fx import compute
+from compiled_sparse.passes.fx import example_value
+from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import size_key
+from compiled_sparse.passes.mask_nodes import COPIED_META
+from compiled_sparse.sharding import HeadShare
+from compiled_sparse.sharding import SequenceGroup
+from compiled_sparse.sharding import head_shares
+
+_OPS = torch.ops.compiled_sparse
+_SCATTER = _OPS.scatter_heads.default
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange in front of a call.
+
+    Args:
+        node: The call of `scatter_heads`.
+        group: The processes.
+        num_heads: Query heads of all of them.
+        num_key_heads: Key heads of all of them.
+    """
+
+    node: fx.Node
+    group: SequenceGroup
+    num_heads: int
+    num_key_heads: int
+
+    @property
+    def local(self) -> dict[str, fx.Node]:
+        """Queries, keys and values of this rank's tokens."""
+        tensors: Any = self.node.args[0]
+        return dict(zip(("query", "key", "value"), tensors, strict=False))
+
+    @property
+    def shares(self) -> tuple[HeadShare, ...]:
+        """The heads of each rank."""
+        return head_shares(self.num_heads, self.num_key_heads, self.group.size)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """This rank's query heads; a rank without any computes a head of zeros as if the first."""
+        first, last = self.shares[self.group.rank].query
+        return (first, last) if last > first else (0, 1)
+
+    def carry(self, tensor: fx.Node) -> fx.Node:
+        """Send one more tensor along.
+
+        Args:
+            tensor: [batch, query heads, rows, head_dim] of this rank's tokens, in front of the
+                exchange.
+
+        Returns:
+            [batch, this rank's heads, length, head_dim] of all tokens.
+        """
+        tensors: Any = self.node.args[0]
+        self.node.args = ([*tensors, tensor], *self.node.args[1:])
+        self.node.meta["example_value"] = compute(self.node)
+        return _item(self.node, len(tensors))
+
+
+def exchange_before(query: fx.Node) -> Exchange | None:
+    """Return the exchange that a call's queries come out of, if they do."""
+    source = query.args[0] if query.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or source.target is not _SCATTER:
+        return None
+    arguments: Any = source.args
+    tensors, name, size, rank, *_ = arguments
+    heads, key_heads = (hint(example_value(each).shape[1]) for each in tensors[:2])
+    return Exchange(source, SequenceGroup(name, size, rank), heads, key_heads)
+
+
+def exchanges_in(owner: fx.GraphModule) -> dict[SequenceGroup, list[str]]:
+    """Return what is exchanged in a graph and those nested in it, by group, in words.
+
+    The words are the same on every rank that computes the same.
+    """
+    found: dict[SequenceGroup, list[str]] = {}
+    for module in (owner, *all_nested(owner)):
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target in (_SCATTER, _OPS.scatter_heads):
+                tensors, name, size, rank, num_video, *text = node.args
+                batch, heads, rows, width = map(hint, example_value(tensors[0]).shape)
+                words = (
+                    f"{len(tensors)} tensors of {batch} x {heads} heads x {rows} rows x {width}, "
+                    f"{size_key(num_video)} tokens of video, {tuple(map(size_key, text))} of text"
+                )
+                found.setdefault(SequenceGroup(name, size, rank), []).append(words)
+    return found
+
+
+def put_around(
+    call: fx.Node,
+    local: tuple[fx.Node, fx.Node, fx.Node],
+    group: SequenceGroup,
+    num_video: int,
+    text: tuple[int, int] = (0, 0),
+) -> fx.Node:
+    """Put exchanges around a call of `scaled_dot_product_attention`.
+
+    Args:
+        call: The call; its queries, keys and values are replaced.
+        local: Queries, keys and values of this rank's tokens, [batch, heads, rows, head_dim].
+        group: The processes.
+        num_video: Tokens of the whole video.
+        text: Rows of text in front of the video's and behind them.
+
+    Returns:
+        [batch, query heads, rows, head_dim], the output for this rank's tokens, put behind the call
+        and not used yet.
+    """
+    processes = (group.name, group.size, group.rank)
+    with call.graph.inserting_before(call):
+        scatter = call.graph.call_function(_SCATTER, (list(local), *processes, num_video, *text))
+    _describe(call, scatter)
+    items = [_item(scatter, i) for i in range(3)]
+    _replace_inputs(call, items)
+    key_heads = hint(example_value(local[1]).shape[1])
+    with call.graph.inserting_after(call):
+        arguments = (call, local[0], key_heads, *processes, *text)
+        gather = call.graph.call_function(_OPS.gather_heads.default, arguments)
+    dtype = example_value(call).dtype  # under autocast not that of the queries
+    call.meta["example_value"] = compute(call).to(dtype)
+    _describe(call, gather)
+    return gather
+
+
+def _replace_inputs(call: fx.Node, items: list[fx.Node]) -> None:
+    names = ("query", "key", "value")
+    given = dict(zip(names, items, strict=True))
+    call.args = tuple(items[: len(call.args)]) + tuple(call.args[3:])
+    call.kwargs = {name: given.get(name, value) for name, value in call.kwargs.items()}
+
+
+def _item(scatter: fx.Node, index: int) -> fx.Node:
+    with scatter.graph.inserting_after(_last_item(scatter)):
+        item = scatter.graph.call_function(operator.getitem, (scatter, index))
+    item.meta.update({k: scatter.meta[k] for k in COPIED_META if k in scatter.meta})
+    item.meta["example_value"] = example_value(scatter)[index]
+    return item
+
+
+def _last_item(scatter: fx.Node) -> fx.Node:
+    node = scatter
+    while node.next.target is operator.getitem and node.next.args[0] is scatter:
+        node = node.next
+    return node
+
+
+def _describe(call: fx.Node, node: fx.Node) -> None:
+    node.meta.update({k: call.meta[k] for k in COPIED_META if k in call.meta})
+    node.meta["example_value"] = compute(node)
