@@ -164,7 +164,8 @@ def _uneven(config: MechanismConfig, size: int, grid: tuple[int, ...]) -> str | 
     if size == 1 or extent % (size * side) == 0:
         return None
     fitting = [ranks for ranks in range(2, extent // side + 1) if extent % (ranks * side) == 0]
-    instead = f"; {extent} fit {' or '.join(map(str, fitting))} ranks" if fitting else ""
+    nearest = [*[n for n in fitting if n < size][-1:], *[n for n in fitting if n > size][:1]]
+    instead = f"; {extent} fit {' or '.join(map(str, nearest))} ranks" if nearest else ""
     return (
         f"{config.describe()} on grid {grid}: {extent} {unit} in tiles of {side} on {size} ranks, "
         f"which takes a multiple of {size * side} {unit}{instead}"

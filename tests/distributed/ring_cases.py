@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
 from functorch.compile import min_cut_rematerialization_partition
+from sharded import shard_of
+from sharded import whole_of
 from torch import Tensor
 from torch import distributed
 from torch._dynamo.backends.common import aot_autograd
@@ -20,6 +23,7 @@ from compiled_sparse.config import MechanismConfig
 from compiled_sparse.distributed.ring import ring_attention
 from compiled_sparse.layout import Text
 from compiled_sparse.sharding import SequenceGroup
+from compiled_sparse.sharding import sequence_group
 
 Found = tuple[Tensor, list[Tensor]]
 
@@ -60,40 +64,28 @@ class RingCase:
         mask[0, list(self.hidden)] = False
         return mask
 
-    def share(self, x: Tensor, rank: int, size: int) -> Tensor:
-        """Return what a rank holds of [batch, heads, length, ...]."""
-        n = math.prod(self.grid) // size
-        before, behind = self.text.before, x.shape[2] - self.text.after
-        start = before + rank * n
-        return torch.cat([x[:, :, :before], x[:, :, start : start + n], x[:, :, behind:]], dim=2)
+    def counted_once(self, x: Tensor, rank: int) -> Tensor:
+        """Return a rank's [batch, heads, length, ...], with text on the first rank only."""
+        video = torch.ones(x.shape[2], 1, dtype=x.dtype)
+        video[: self.text.before] = video[x.shape[2] - self.text.after :] = 0.0
+        return x if rank == 0 else x * video
 
-    def joined(self, parts: list[Tensor], *, sums_text: bool) -> Tensor:
-        """Return the whole of what ranks hold; of text the sum over ranks, or what all have."""
-        before, after = self.text.before, self.text.after
-        n = math.prod(self.grid) // len(parts)
-        video = [part[:, :, before : before + n] for part in parts]
-        fronts = torch.stack([part[:, :, :before] for part in parts])
-        backs = torch.stack([part[:, :, before + n :] for part in parts])
-        assert backs.shape[3] == after
-        texts = [each.sum(0) if sums_text else each[0] for each in (fronts, backs)]
-        return torch.cat([texts[0], *video, texts[1]], dim=2)
+    def whole_of(self, shares: list[Tensor]) -> Tensor:
+        """Return the whole of what ranks hold; rows of text are summed."""
+        return whole_of(shares, math.prod(self.grid), self.text)
 
 
 def group() -> SequenceGroup:
-    world = distributed.group.WORLD
-    assert world is not None
-    return SequenceGroup(world.group_name, distributed.get_world_size(), distributed.get_rank())
+    return sequence_group(distributed.group.WORLD)
 
 
 def in_ring(case: RingCase, compiler: str | Callable[..., Any] | None = None) -> Found:
     """Return this rank's output and gradients; the loss counts text on the first rank only."""
     ring = group()
     inputs, weights = case.tensors()
-    q, k, v = (case.share(x, ring.rank, ring.size).requires_grad_() for x in inputs)
-    weights = case.share(weights, ring.rank, ring.size)
-    if ring.rank:
-        weights[:, :, : case.text.before] = 0.0
-        weights[:, :, weights.shape[2] - case.text.after :] = 0.0
+    *inputs, weights = (shard_of(x, ring.rank, ring.size, case.text) for x in (*inputs, weights))
+    q, k, v = (x.requires_grad_() for x in inputs)
+    weights = case.counted_once(weights, ring.rank)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ring_attention(
@@ -119,6 +111,7 @@ def in_rings(cases: list[RingCase], compiler: str | None = None) -> list[Found]:
     return [in_ring(case, compiler) for case in cases]
 
 
+@lru_cache
 def on_one(case: RingCase, compute: torch.dtype | None = None) -> Found:
     """Return the reference's output and gradients over the whole sequence, in a dtype."""
     inputs, weights = case.tensors()
@@ -176,8 +169,12 @@ def recorded(cases: list[RingCase]) -> list[tuple[list[str], list[int]]]:
     return found
 
 
-def collectives_of_graphs(case: RingCase) -> list[list[str]]:
-    """Return the collectives of the compiled forward and backward graph on this rank, in order."""
+def graphs_of(cases: list[RingCase]) -> list[list[list[str]]]:
+    """Return this rank's collectives in the forward and the backward graph of each case."""
+    return [_collectives_of_graphs(case) for case in cases]
+
+
+def _collectives_of_graphs(case: RingCase) -> list[list[str]]:
     graphs: list[list[str]] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:

@@ -9,10 +9,11 @@ import torch
 from processes import values
 from ring_cases import Found
 from ring_cases import RingCase
-from ring_cases import collectives_of_graphs
+from ring_cases import graphs_of
 from ring_cases import in_rings
 from ring_cases import on_one
 from ring_cases import recorded
+from torch import Tensor
 
 import compiled_sparse as cs
 from compiled_sparse.distributed.ring import ring_pattern
@@ -37,13 +38,6 @@ CASES = [
     ),
     RingCase(config=cs.STA(window_thw=(5,), tile_thw=(4,)), grid=(96,), key_heads=1),
     RingCase(config=cs.STA(window_thw=(3, 3), tile_thw=(2, 4)), grid=(24, 6), text=TEXT),
-    RingCase(
-        config=cs.STA(window_thw=(3, 3, 3), tile_thw="auto"),
-        grid=(144, 4, 4),
-        heads=1,
-        key_heads=1,
-        batch=1,
-    ),
     RingCase(config=cs.SWBA(block=8, window=3), grid=(12, 4, 4)),
     RingCase(config=cs.SWBA(block=8, window=99), grid=(12, 4, 4), hidden=tuple(range(8))),
 ]
@@ -61,6 +55,12 @@ def test_one_rank_takes_any_grid() -> None:
     torch.testing.assert_close(found, on_one(case))
 
 
+def test_the_automatic_tile_is_that_of_the_whole_grid() -> None:
+    case = RingCase(config=cs.STA(window_thw=(1, 3, 3), tile_thw="auto"), grid=(24, 4, 4))
+    assert case.config.resolve_tile(case.grid)[0] == 12
+    check([case], values(2, in_rings, [case]))
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_has_the_same_text_to_the_bit(size: int) -> None:
     cases = [case for case in CASES if case.text == TEXT]
@@ -73,18 +73,13 @@ def test_every_rank_has_the_same_text_to_the_bit(size: int) -> None:
 
 
 def test_half_precision_is_as_close_as_on_one_process() -> None:
-    cases = [replace(CASES[place], dtype=torch.bfloat16) for place in (1, 3, 8)]
+    cases = [replace(CASES[place], dtype=torch.bfloat16) for place in (1, 3, 7)]
     by_rank = values(3, in_rings, cases)
     for number, case in enumerate(cases):
-        found = [ranks[number] for ranks in by_rank]
-        wholes = [case.joined([out for out, _ in found], sums_text=False)]
-        wholes += [
-            case.joined([grads[place].float() for _, grads in found], sums_text=True)
-            for place in range(3)
-        ]
-        plain_out, plain_grads = on_one(case)
-        exact_out, exact_grads = on_one(case, compute=torch.float64)
-        pairs = zip([plain_out, *plain_grads], [exact_out, *exact_grads], strict=True)
+        wholes = wholes_of(case, [found[number] for found in by_rank])
+        plain_out, plain_gradients = on_one(case)
+        out, gradients = on_one(case, compute=torch.float64)
+        pairs = zip((plain_out, *plain_gradients), (out, *gradients), strict=True)
         for whole, (plain, exact) in zip(wholes, pairs, strict=True):
             assert (whole - exact).norm() <= 2 * (plain - exact).norm()
 
@@ -129,15 +124,17 @@ def test_the_next_message_is_under_way_while_a_step_is_computed() -> None:
     assert order == [*forward, *backward, "wait", "send", "wait"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_compilers_keep_every_message_of_every_rank_in_order(size: int) -> None:
-    for case in (CASES[3], CASES[9]):
-        case = replace(case, dtype=torch.float32)
+    cases = [replace(CASES[place], dtype=torch.float32) for place in (3, 8)]
+    by_rank = values(size, graphs_of, cases)
+    for number, case in enumerate(cases):
         steps = ring_schedule(ring_pattern(case.config, case.grid, size))
         has_text = case.text != cs.Text()
-        every_rank = values(size, collectives_of_graphs, case)
-        for forward, backward in every_rank:
-            assert [forward, backward] == every_rank[0]
+        for found in by_rank:
+            forward, backward = found[number]
+            assert [forward, backward] == by_rank[0][number]
             assert len(forward) == 2 * (len(steps) + has_text)
             assert len(backward) == 2 * (len(backward_messages(steps)) + has_text)
 
@@ -146,14 +143,14 @@ def test_compilers_keep_every_message_of_every_rank_in_order(size: int) -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", "aot_eager_decomp_partition"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_compiled_in_one_graph_it_is_the_same(size: int, compiler: str) -> None:
-    cases = [replace(CASES[place], dtype=torch.float32) for place in (1, 3, 4, 8, 9)]
+    cases = [replace(CASES[place], dtype=torch.float32) for place in (1, 3, 4, 7, 8)]
     check(cases, values(size, in_rings, cases, compiler))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor_gives_the_same(dtype: torch.dtype) -> None:
-    cases = [replace(CASES[place], dtype=dtype) for place in (4, 9)]
+    cases = [replace(CASES[place], dtype=dtype) for place in (4, 8)]
     tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     check(cases, values(4, in_rings, cases, "inductor", limit_s=280.0), **tolerance)
 
@@ -162,13 +159,13 @@ def check(cases: list[RingCase], by_rank: list[list[Found]], **tolerance: float)
     """Compare what ranks found with the reference on one process."""
     for number, case in enumerate(cases):
         out, gradients = on_one(case)
-        found = [ranks[number] for ranks in by_rank]
-        whole = case.joined([each for each, _ in found], sums_text=False)
-        torch.testing.assert_close(
-            whole, out, msg=lambda text, case=case: f"{case}\n{text}", **tolerance
-        )
-        for place, expected in enumerate(gradients):
-            joined = case.joined([grads[place] for _, grads in found], sums_text=True)
-            torch.testing.assert_close(
-                joined, expected, msg=lambda text, case=case: f"{case}\n{text}", **tolerance
-            )
+        wholes = wholes_of(case, [found[number] for found in by_rank])
+        for whole, expected in zip(wholes, (out, *gradients), strict=True):
+            torch.testing.assert_close(whole, expected, msg=f"{case}: {{}}".format, **tolerance)
+
+
+def wholes_of(case: RingCase, found: list[Found]) -> list[Tensor]:
+    """Return the whole output, and the whole gradients of q, k and v."""
+    outs = [case.counted_once(out, rank) for rank, (out, _) in enumerate(found)]
+    shares = zip(*(gradients for _, gradients in found), strict=True)
+    return [case.whole_of(outs), *(case.whole_of(list(each)) for each in shares)]
