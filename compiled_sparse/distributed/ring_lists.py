@@ -142,42 +142,20 @@ def ring_lists(
     return indices[None].to(device, torch.int32), counts[None].to(device, torch.int32)
 
 
-def _block_lists(
-    kind: str,
-    grid: list[int],
-    tile: list[int],
-    windows: list[int],
-    size: int,
-    rank: int,
-    source: int,
-    text_before: int,
-    text_after: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    pattern = pattern_of(kind, grid, tile, windows, size)
-    indices, counts = ring_lists(pattern, rank, source, text_before, text_after, device)
+def _block_lists(*arguments: Any) -> tuple[Tensor, Tensor]:
+    indices, counts = ring_lists(pattern_of(*arguments[:5]), *arguments[5:])
     # The compiler may reuse an output as scratch memory, so the cached plan is never handed out.
     return indices.clone(), counts.clone()
 
 
-def _block_lists_fake(
-    kind: str,
-    grid: list[int],
-    tile: list[int],
-    windows: list[int],
-    size: int,
-    rank: int,
-    source: int,
-    text_before: int,
-    text_after: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    pattern = pattern_of(kind, grid, tile, windows, size)
+def _block_lists_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    pattern = pattern_of(*arguments[:5])
+    rank, source, text_before, text_after, device = arguments[5:]
     part = part_of(pattern, rank, source)
     assert part is not None, "no step of the schedule brings these keys"
     rows, width = part.count * pattern.layer_tiles, _width(pattern, part)
     if source == rank and text_before + text_after:
-        rows, _ = count_blocks(pattern.shard_grid, tile, text_before, text_after)
+        rows, _ = count_blocks(pattern.shard_grid, pattern.tile, text_before, text_after)
         width = rows
     heads = max(1, len(pattern.windows))
     indices = torch.empty(1, heads, rows, width, dtype=torch.int32, device=device)
