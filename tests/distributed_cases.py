@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
+import ring_error_cases
 from messages import Case
 from process_groups import lone_group
 from torch import distributed
@@ -18,7 +19,10 @@ from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.sharding import SequenceGroup
 
-MODULES = ("distributed/agreement", "distributed/cost_inputs", "distributed/meeting")
+MODULES = (
+    *("distributed/agreement", "distributed/cost_inputs", "distributed/meeting"),
+    *ring_error_cases.MODULES,
+)
 
 WHAT = "the first call"
 LITTLE = timedelta(seconds=0.02)
@@ -76,6 +80,7 @@ def meet_without_a_store() -> None:
 
 
 CASES = {
+    **ring_error_cases.CASES,
     "handshake with a rank that failed": Case(
         DistributedError,
         "rank 1 (global 1) failed before the first call",
