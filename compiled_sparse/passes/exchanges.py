@@ -18,7 +18,6 @@ from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
-from compiled_sparse.passes.fx import size_key
 from compiled_sparse.passes.mask_nodes import COPIED_META
 from compiled_sparse.sharding import HeadShare
 from compiled_sparse.sharding import SequenceGroup
@@ -101,17 +100,21 @@ def exchanges_in(owner: fx.GraphModule) -> dict[SequenceGroup, list[str]]:
                 batch, heads, rows, width = map(hint, example_value(tensors[0]).shape)
                 words = (
                     f"{len(tensors)} tensors of {batch} x {heads} heads x {rows} rows x {width}, "
-                    f"{size_key(num_video)} tokens of video, {tuple(map(size_key, text))} of text"
+                    f"{_number(num_video)} tokens of video, {tuple(map(_number, text))} of text"
                 )
                 found.setdefault(SequenceGroup(name, size, rank), []).append(words)
     return found
+
+
+def _number(size: Any) -> int:
+    return hint(example_value(size) if isinstance(size, fx.Node) else size)
 
 
 def put_around(
     call: fx.Node,
     local: tuple[fx.Node, fx.Node, fx.Node],
     group: SequenceGroup,
-    num_video: int,
+    num_video: int | fx.Node,
     text: tuple[int, int] = (0, 0),
 ) -> fx.Node:
     """Put exchanges around a call of `scaled_dot_product_attention`.
@@ -120,7 +123,7 @@ def put_around(
         call: The call; its queries, keys and values are replaced.
         local: Queries, keys and values of this rank's tokens, [batch, heads, rows, head_dim].
         group: The processes.
-        num_video: Tokens of the whole video.
+        num_video: Tokens of the whole video, as a node where it is symbolic.
         text: Rows of text in front of the video's and behind them.
 
     Returns:

@@ -25,6 +25,8 @@ from compiled_sparse.passes.tracks import track_size
 def _scatter_heads(analysis: Provenance, node: fx.Node) -> TrackValue:
     arguments: Any = node.args
     tensors, _, size, rank, num_video, before, after = arguments
+    if isinstance(num_video, fx.Node):
+        num_video = example_value(num_video)
     found = []
     for index, (tensor, value) in enumerate(zip(tensors, example_value(node), strict=True)):
         batch, _, rows, channels = analysis.of(tensor)

@@ -216,8 +216,10 @@ def _split(analysis: Provenance, node: fx.Node) -> TrackValue:
     if not isinstance(operand, fx.Node) or not isinstance(outputs, tuple | list):
         return None
     unbind = op_name(node) == "unbind"
-    dim = argument(node, 1 if unbind else 2, "dim", 0) % rank_of(operand)
-    tracks = analysis.of(operand)
+    dim = argument(node, 1 if unbind else 2, "dim", 0)
+    if isinstance(dim, fx.Node):  # a dimension out of a config, under dynamic shapes
+        dim = int(example_value(dim))
+    dim, tracks = dim % rank_of(operand), analysis.of(operand)
     start: Any = 0
     result = []
     for i, output in enumerate(outputs):

@@ -7,6 +7,7 @@ sequence together in rank order, is replaced. The three exchanges in front of th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.fx import walk
+from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_shapes import permutation_of
 from compiled_sparse.passes.reshapes import reshape_tracks
 from compiled_sparse.passes.sdpa import arguments_of
@@ -102,13 +104,15 @@ def _replace(node: fx.Node) -> bool:
     group = _group_of(way_back)
     query = shape_of(arguments["query"]) or ()
     lengths = [(shape_of(arguments[name]) or ())[2:3] for name in ("key", "value")]
-    if group is None or any(length != query[2:3] for length in lengths):
+    is_lasting = any(map(_stays, (*ways_in, way_back)))
+    if group is None or is_lasting or any(length != query[2:3] for length in lengths):
         return False
     with node.graph.inserting_before(node):
         first, second, third = (_with_heads_first(path) for path in ways_in)
+        rows = query[2] if isinstance(query[2], int) else _all_rows(first, group.size)
     end = way_back.nodes[-1]
     users = list(end.users)
-    out = put_around(node, (first, second, third), group, query[2])
+    out = put_around(node, (first, second, third), group, rows)
     with node.graph.inserting_before(out.next):
         if not way_back.heads_first:
             out = call(torch.transpose, out, 1, 2)
@@ -117,6 +121,12 @@ def _replace(node: fx.Node) -> bool:
         user.replace_input_with(end, out)
     _erase(path.nodes for path in (way_back, *ways_in))
     return True
+
+
+def _stays(path: _Path) -> bool:
+    """Whether an exchange would go on, as something else reads what comes of it."""
+    exchange = next(i for i, node in enumerate(path.nodes) if _is_op(node, _EXCHANGE))
+    return any(len(node.users) > 1 for node in path.nodes[exchange:-1])
 
 
 def _group_of(path: _Path) -> SequenceGroup | None:
@@ -129,6 +139,10 @@ def _group_of(path: _Path) -> SequenceGroup | None:
 def _with_heads_first(path: _Path) -> fx.Node:
     local = path.nodes[0]
     return local if path.heads_first else call(torch.transpose, local, 1, 2)
+
+
+def _all_rows(local: fx.Node, size: int) -> fx.Node:
+    return call(operator.mul, call(torch.ops.aten.sym_size.int, local, 2), size)
 
 
 def _erase(paths: Iterable[tuple[fx.Node, ...]]) -> None:
@@ -191,24 +205,34 @@ def _back_from(node: fx.Node) -> Iterator[fx.Node]:
     """Yield a node and what it is a rearrangement of, step by step."""
     yield node
     while _is_step(node):
-        (node, *_) = node.all_input_nodes
+        node = operand_of(node)
         yield node
 
 
 def _on_from(node: fx.Node) -> Iterator[fx.Node]:
     """Yield a node and its rearrangements, as long as nothing else reads them."""
     yield node
-    while len(node.users) == 1:
-        (node,) = node.users
-        if not _is_step(node):
+    while len(readers := [user for user in node.users if not _is_size(user)]) == 1:
+        (user,) = readers
+        if not _is_step(user) or operand_of(user) is not node:
             return
+        node = user
         yield node
 
 
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a size, or several."""
+    value = example_value(node)
+    sizes = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(size, int | torch.SymInt) for size in sizes)
+
+
 def _is_step(node: fx.Node) -> bool:
+    """Whether a node moves the elements of one tensor; symbolic sizes are no tensors."""
     is_exchange = _is_op(node, _EXCHANGE) or _is_op(node, _WAIT)
-    is_one = len(node.all_input_nodes) == 1
-    return is_one and (is_exchange or (node.op != "placeholder" and op_name(node) in _MOVES))
+    tensors = [each for each in node.all_input_nodes if shape_of(each) is not None]
+    is_of_one = tensors == [operand_of(node)]
+    return is_of_one and (is_exchange or (node.op != "placeholder" and op_name(node) in _MOVES))
 
 
 def _is_op(node: fx.Node, name: str) -> bool:
