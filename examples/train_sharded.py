@@ -24,9 +24,10 @@ from moving_shapes._training import optimiser
 from moving_shapes._training import train
 from torch import distributed
 from torch import nn
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict import set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +80,7 @@ def fine_tune(arguments: argparse.Namespace, device: torch.device) -> list[float
     adam = optimiser(model, 3e-3)
     state, losses = state_of(model, adam, 0), []
     if arguments.load is not None:
-        checkpoint.load(state, checkpoint_id=arguments.load)
+        load(state, checkpoint_id=arguments.load)
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimiser"]}
         set_state_dict(model, adam, **parts)
     start = int(state["done"])
@@ -95,7 +96,7 @@ def fine_tune(arguments: argparse.Namespace, device: torch.device) -> list[float
 
     data = own_batches(arguments.batch, start, device)
     train(model, data, adam, lambda step: 1.0, arguments.steps, around=around, after=after)
-    checkpoint.save(state_of(model, adam, start + arguments.steps), checkpoint_id=arguments.out)
+    save(state_of(model, adam, start + arguments.steps), checkpoint_id=arguments.out)
     return losses
 
 

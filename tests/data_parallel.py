@@ -89,8 +89,7 @@ def attached(learned: str = "vsa", **settings: Any) -> tuple[TinyDiT, Handle]:
 def sharded(model: TinyDiT, *, half: bool = False) -> TinyDiT:
     """Shard each block and what is left, over all processes."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if half else {}
-    policy = MixedPrecisionPolicy(**dtypes)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
@@ -121,7 +120,8 @@ def trained(setup: Setup) -> Trained:
         model, run = _prepared(setup)
         optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
         data = _share(bool(setup.parallel))
-        losses, gradients = [], {}
+        losses: list[float] = []
+        gradients: dict[str, Tensor] = {}
         for _ in range(2):
             with cs.metadata(grid_thw=GRID) if setup.grid else nullcontext():
                 loss = (run(*data[:-1]) - data[-1]).square().mean()
@@ -156,10 +156,10 @@ def _prepared(setup: Setup) -> tuple[TinyDiT, Callable[..., Tensor]]:
     if setup.parallel == "fsdp":
         sharded(model, half=setup.half)
     if setup.parallel == "ddp":
-        distributed._DEFAULT_FIRST_BUCKET_BYTES = min(2**20, setup.bucket)
+        setattr(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", min(2**20, setup.bucket))  # noqa: B010
         run = DistributedDataParallel(model, bucket_cap_mb=setup.bucket / 2**20)
     if setup.compiled == "model":
-        options = {"inner": setup.inner}
+        options: dict[str, Any] = {"inner": setup.inner}
         return model, torch.compile(run, backend="compiled_sparse", options=options)
     return model, run
 

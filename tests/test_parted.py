@@ -38,7 +38,8 @@ class Cut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend."""
-        return self.blocks[0](x, edit=self.edit)
+        attended: Tensor = self.blocks[0](x, edit=self.edit)
+        return attended
 
 
 def run(model: nn.Module, **options: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -61,9 +62,9 @@ def test_two_processes_train_as_one_does(parallel: str, compiled: str, learned: 
     for each in found:
         assert len(each.messages) == 1
         assert each.messages[0].startswith(summary)
-    learned = [name for name in expected.gradients if "to_gate" in name or "proj_l" in name]
-    assert len(learned) == 4
-    assert all(expected.gradients[name].abs().max() > 0 for name in learned)
+    names = [name for name in expected.gradients if "to_gate" in name or "proj_l" in name]
+    assert len(names) == 4
+    assert all(expected.gradients[name].abs().max() > 0 for name in names)
 
 
 @SLOW
@@ -98,9 +99,19 @@ def test_a_whole_model_under_ddp_needs_no_grid_said() -> None:
 
 @SLOW
 def test_modules_that_the_buckets_of_ddp_cut_in_two_are_warned_about() -> None:
-    setup = Setup(parallel="ddp", compiled="model", optimize_ddp=True, bucket=2000)
+    settings: dict[str, Any] = {"parallel": "ddp", "compiled": "model", "bucket": 2000}
+    setup = Setup(**settings, inner="aot_eager", optimize_ddp=True)
     found = trained_by(2, setup)[0]
     assert sum(message.startswith(PARTED) for message in found.messages) == 2
     assert not any("1 of" in message for message in found.messages)
     kept = trained_by(2, replace(setup, optimize_ddp=False))[0]
     assert_same(kept, alone(setup))
+
+
+@SLOW
+def test_a_whole_model_under_fsdp_is_warned_about_where_no_grid_is_said() -> None:
+    setup = Setup(parallel="fsdp", compiled="model", grid=False)
+    for each in trained_by(2, setup):
+        assert not any("1 of" in message for message in each.messages)
+        assert "layout_unknown" in each.messages[1]
+        assert "pass cs.metadata(grid_thw=" in each.messages[1]
