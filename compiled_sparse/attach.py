@@ -42,6 +42,7 @@ from compiled_sparse.policy import KINDS
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import PolicyLike
 from compiled_sparse.policy import as_policy
+from compiled_sparse.spread import check_addable
 
 CLASS_POLICY = "_compiled_sparse_class_policy"
 _NOWHERE = "/"
@@ -194,8 +195,9 @@ def attach(
         AttachError: if the arguments are no module and no globs, there is no attention module, a
             glob matches none, the model is on the meta device, a table of windows has another
             number of layers, no sparse rule of the policy matches any of the modules, a module
-            cannot have the gate or projection it is to have, or something else has hidden what an
-            earlier attach did. Nothing is changed then.
+            cannot have the gate or projection it is to have, the model is already spread over
+            processes and one would be added, or something else has hidden what an earlier attach
+            did. Nothing is changed then.
         ConfigError: if the policy is not one.
     """
     model = getattr(model, "_orig_mod", model)
@@ -210,6 +212,7 @@ def attach(
     others = [m for m in model.modules() if hasattr(m, POLICY) and id(m) not in attached]
     has_root = id(model) not in attached
     learned = _checked_names(layers, policies)
+    check_addable(model, _added(layers, learned))
     _check_patches([module for _, module in layers], others, model if has_root else None)
     for module in others:
         _release(module)
@@ -339,6 +342,16 @@ def _checked_names(
         found.append(_wanted(_configs(policy, path).values()))
         _check_names(module, found[-1])
     return found
+
+
+def _added(layers: list[tuple[str, nn.Module]], learned: list[Names]) -> list[str]:
+    """Return the paths of the layers that modules are to learn and do not have yet."""
+    return [
+        f"{path}.{name}" if path else name
+        for (path, module), names in zip(layers, learned, strict=True)
+        for name in names
+        if name is not None and getattr(module, name, None) is None
+    ]
 
 
 def _wanted(configs: Iterable[MechanismConfig]) -> Names:

@@ -53,6 +53,8 @@ from compiled_sparse.sharding import SequenceGroup
 from compiled_sparse.strict import UNMATCHED_ADVICE
 from compiled_sparse.strict import missed_calls
 from compiled_sparse.strict import missed_error
+from compiled_sparse.strict import parted_error
+from compiled_sparse.strict import parted_modules
 from compiled_sparse.strict import rules_and_paths
 from compiled_sparse.strict import unmatched_calls
 from compiled_sparse.strict import unmatched_error
@@ -143,7 +145,8 @@ class _Dispatcher:
     ) -> None:
         self._pristine = graph_module
         self._settings = settings
-        self._modules = Markers(graph_module).policies
+        self._markers = Markers(graph_module)
+        self._modules = self._markers.policies
         self._lock = threading.RLock()
         self._has_attention = False
         self._warned_of_steps = False
@@ -211,6 +214,8 @@ class _Dispatcher:
         self._depends_on_steps |= any(d.is_sparse or d.reason == "step_dense" for d in decisions)
         is_automatic = all(policy.is_automatic for policy in sources.effective(self._modules))
         _announce(decisions, self._settings.strict, is_automatic=is_automatic)
+        if sources.override is None and not self._announced:
+            _announce_parted(parted_modules(decisions, self._markers), self._settings.strict)
         policy = sources.options if sources.override is None else sources.override
         if policy not in self._announced:
             self._announced.add(policy)
@@ -384,6 +389,16 @@ def _announce(decisions: list[Decision], strict: bool, *, is_automatic: bool) ->
         where_and_why(missed[0]),
         REASONS[missed[0].reason],
     )
+
+
+def _announce_parted(parted: list[str], strict: bool) -> None:
+    """Warn, or raise when strict, about attached modules that are cut in two."""
+    if not parted:
+        return
+    error = parted_error(parted)
+    if strict:
+        raise error
+    logger.warning("%s: %s; %s", error.problem, error.got, error.next_step)
 
 
 def _announce_unmatched(decisions: list[Decision], policy: Policy, strict: bool) -> None:

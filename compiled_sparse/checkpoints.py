@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import nn
 
 from compiled_sparse.errors import CheckpointError
+from compiled_sparse.spread import placed_like
 
 GATE = "to_gate_compress"
 _ANY_LEARNED = ("gate_compress", ".proj_l.")
@@ -144,7 +145,7 @@ def load_with_gates(
     Args:
         model: The model, compiled or not.
         gates: Paths of its gates: `nn.Linear` modules, or modules that wrap one.
-        state_dict: What to load.
+        state_dict: What to load; for a sharded model the whole of it, in each process.
         projections: Paths of its projections, likewise.
         strict: Whether it is an error that other parameters get no value, or that names are left
             over.
@@ -166,6 +167,7 @@ def load_with_gates(
     _check_values(own, values)
     values |= {name: torch.zeros_like(own[name]) for name in report.zero_filled}
     _check_memory(own, values)
+    values = {n: placed_like(v, own[n]) if isinstance(v, Tensor) else v for n, v in values.items()}
     # Strictness was applied to the names of the checkpoint; torch would see those of the model.
     model.load_state_dict(values, strict=False)
     return report

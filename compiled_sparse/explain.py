@@ -69,8 +69,9 @@ def explain(
     def analyse(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal num_graphs
         num_graphs += 1
-        modules = Markers(graph).policies
-        dense = dense_schedules(sources, current_call(), modules) if step_is_known else frozenset()
+        markers = Markers(graph)
+        schedules = dense_schedules(sources, current_call(), markers.policies)
+        dense = schedules if step_is_known else frozenset()
         analysis = SparseAttentionPass(
             sources,
             current_layout(),
@@ -80,7 +81,7 @@ def explain(
         )
         found = analysis(clone_dynamo_graph(graph))
         decisions.extend(found)
-        problems.extend(map(_in_a_line, strict_errors(found, sources, modules)))
+        problems.extend(map(_in_a_line, strict_errors(found, sources, markers)))
         outputs = _output_values(graph)
         return lambda *_: [_zeros(value) for value in outputs]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 
 from compiled_sparse.errors import StrictRewriteError
+from compiled_sparse.passes.markers import Markers
 from compiled_sparse.policy import Policy
 from compiled_sparse.reasons import EXPECTED_DENSE
 from compiled_sparse.reasons import REASONS
@@ -18,6 +19,12 @@ from compiled_sparse.selector import PolicySources
 UNMATCHED_ADVICE = (
     "correct the globs; blocks that are compiled alone see paths without the block's own: "
     "give their policy to cs.attach(model, policy)"
+)
+
+PARTED_ADVICE = (
+    "compile each block alone, or keep the module in one graph: DistributedDataParallel cuts "
+    "graphs by its buckets unless torch._dynamo.config.optimize_ddp = False; "
+    "TORCH_LOGS=graph_breaks names other breaks"
 )
 
 
@@ -73,18 +80,53 @@ def unmatched_error(unmatched: Iterable[Decision], policy: Policy) -> StrictRewr
     )
 
 
+def parted_modules(decisions: Sequence[Decision], markers: Markers) -> list[str]:
+    """Return the attached modules whose attention calls are not in the graph with their policy.
+
+    The graph that has the calls does not know the policy and says nothing.
+
+    Args:
+        decisions: What was decided about the graph's calls.
+        markers: Those of the graph.
+    """
+    sparse = [
+        marker
+        for marker in markers.modules
+        if marker.policy and marker.policy.sparse_globs and not marker.policy.dense_first_layers
+    ]
+    return [m.path for m in sparse if not any(m.covers(each.path) for each in decisions)]
+
+
+def parted_error(parted: Sequence[str]) -> StrictRewriteError:
+    """Return what `strict` raises about modules that are cut in two.
+
+    Args:
+        parted: What `parted_modules` returned, at least one.
+    """
+    first = repr(parted[0]) if parted[0] else "a module compiled alone"
+    return StrictRewriteError(
+        f"{len(parted)} attached modules are not in one graph with their attention",
+        got=f"a graph with the start of {first} and without its attention call",
+        expected="both in one graph: the policy is said at the start of the module",
+        next_step=PARTED_ADVICE,
+    )
+
+
 def strict_errors(
-    decisions: Sequence[Decision], sources: PolicySources, modules: Iterable[Policy]
+    decisions: Sequence[Decision], sources: PolicySources, markers: Markers
 ) -> list[StrictRewriteError]:
     """Return everything that `strict` may raise about one graph, the first one first.
 
     Args:
         decisions: What was decided about the graph's calls.
         sources: Who may name a policy.
-        modules: The modules' own policies.
+        markers: Those of the graph, with the modules' own policies.
     """
     errors = []
-    is_automatic = all(policy.is_automatic for policy in sources.effective(modules))
+    parted = [] if sources.override else parted_modules(decisions, markers)
+    if parted:
+        errors.append(parted_error(parted))
+    is_automatic = all(policy.is_automatic for policy in sources.effective(markers.policies))
     missed = [] if is_automatic else missed_calls(decisions)
     if missed:
         errors.append(missed_error(missed))

@@ -85,6 +85,7 @@ MODULES = (
     "presets",
     "registry",
     "sparsity",
+    "spread",
     "tile_order",
     "cli/entry",
     "cli/explain",
@@ -148,6 +149,16 @@ def explain_nothing() -> None:
     explain_command.run(argparse.Namespace(demo=False, **no_arguments))
 
 
+def attach_to_a_wrapped_model() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(TinyDiT())
+        cs.attach(wrapped, cs.VSA(gate="to_gate_compress"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 LINEAR = torch.nn.Linear(2, 2, bias=False)
 TOKENS = torch.zeros(1, 2, 6, 4)
 
@@ -159,6 +170,14 @@ CASES = {
         "integer of at least 0",
         "Text(before=",
         lambda: cs.Text(before=-1),
+    ),
+    "attaching after wrapping": Case(
+        errors.AttachError,
+        "already spread over processes, which would not share what is added now",
+        "DistributedDataParallel at the root; 2 layers to add, the first 'module.blocks.0.attn1.to",
+        "no fully_shard, parallelize_module or DDP",
+        "call cs.attach(model, policy) first",
+        attach_to_a_wrapped_model,
     ),
     "axes": Case(
         errors.LayoutError,
