@@ -192,15 +192,18 @@ def metadata(
         step: Index of the denoising step, from 0.
         num_steps: Number of denoising steps.
         sparsity: Fraction of the work to leave out, for mechanisms that read it at run time.
-        mesh: One-dimensional `DeviceMesh`, or `ProcessGroup`, of the processes that the video's
-            tokens are divided among: each holds a run of them in raster order, in rank order, as
-            long on every rank (what is too much at the end is padding), and all of the text.
+        mesh: `DeviceMesh` with one dimension longer than 1, or `ProcessGroup`, of the processes
+            that the video's tokens are divided among: each holds a run of them in raster order, in
+            rank order, as long on every rank (what is too much at the end is padding), and all of
+            the text. Heads are divided for the calls (Ulysses); with a dimension called "ring",
+            keys go round instead.
 
     Raises:
         LayoutError: if the grid is not one to three positive integers, or text or mesh come without
             one.
         MetadataError: if step, number of steps or sparsity are out of range.
-        DistributedError: if the mesh has several dimensions, or names no processes.
+        DistributedError: if several dimensions of the mesh are longer than 1, or it names no
+            processes.
     """
     outer = _current.get()
     layout = _layout(outer.layout, grid_thw, text, mesh)

@@ -42,6 +42,8 @@ REASONS: dict[str, str] = {
     "another moba_threshold_type; a foreign config says so with has_separate_heads.",
     "keys_gathered": "The keys of other processes are brought to this one's queries (ring, or all "
     "keys gathered). Divide heads instead: Ulysses.",
+    "ring_unsupported": "Keys go round a ring of processes, and the mechanism cannot be computed "
+    "for a part of them, or the parts cut its tiles. Divide heads instead (Ulysses).",
     "mask_unsupported": "The attention mask is not provably a key-padding mask.",
     "dropout": "Dropout inside attention. Set the attention dropout to 0.",
     "causal": "Causal attention. The mechanism is not causal token by token.",

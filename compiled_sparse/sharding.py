@@ -20,11 +20,13 @@ class SequenceGroup:
         name: The process group's name, as functional collectives take it.
         size: Number of processes.
         rank: This process's place among them, from 0.
+        is_ring: Whether keys go round among them, instead of heads being divided (Ulysses).
     """
 
     name: str
     size: int
     rank: int
+    is_ring: bool = False
 
 
 def shares(total: int, parts: int) -> tuple[int, ...]:
@@ -98,18 +100,16 @@ def sequence_group(where: Any) -> SequenceGroup:
     """Return the processes a device mesh or a process group says.
 
     Args:
-        where: A `DeviceMesh` of one dimension, or a `ProcessGroup`.
+        where: A `DeviceMesh`, all but one of its dimensions of size 1, or a `ProcessGroup`. A
+            dimension called "ring" means that keys go round; any other, that heads are divided.
 
     Raises:
-        DistributedError: if it is neither, has more dimensions, or this process is not in it.
+        DistributedError: if it is neither, several dimensions are divided, or this process is not
+            in it.
     """
-    if getattr(where, "ndim", 1) != 1:
-        raise DistributedError(
-            "the mesh has more than one dimension",
-            got=f"dimensions {where.mesh_dim_names} of sizes {tuple(where.mesh.shape)}",
-            expected="the one dimension that the sequence is divided along",
-            next_step='pass that one: mesh["ulysses"], for instance',
-        )
+    is_ring = False
+    if hasattr(where, "mesh_dim_names"):
+        where, is_ring = _sole_dimension(where)
     group = where.get_group() if hasattr(where, "get_group") else where
     if not hasattr(group, "group_name"):
         raise DistributedError(
@@ -118,4 +118,19 @@ def sequence_group(where: Any) -> SequenceGroup:
             expected="a torch.distributed DeviceMesh or ProcessGroup that this process is in",
             next_step='pass init_device_mesh("cuda", (world_size,)), for instance',
         )
-    return SequenceGroup(str(group.group_name), group.size(), group.rank())
+    return SequenceGroup(str(group.group_name), group.size(), group.rank(), is_ring)
+
+
+def _sole_dimension(mesh: Any) -> tuple[Any, bool]:
+    """The one dimension of a mesh that is longer than one, and whether it is a ring."""
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    divided = [i for i, size in enumerate(mesh.mesh.shape) if size > 1]
+    if len(divided) > 1:
+        raise DistributedError(
+            "the mesh divides the sequence along several dimensions",
+            got=f"dimensions {names} of sizes {tuple(mesh.mesh.shape)}",
+            expected="one dimension longer than 1; rings of groups that divide heads are not there",
+            next_step='pass one of them: mesh["ulysses"], for instance',
+        )
+    index = divided[0] if divided else 0
+    return (mesh if mesh.ndim == 1 else mesh[names[index]]), names[index] == "ring"

@@ -13,6 +13,7 @@ from sharded import shard_of
 from torch import Tensor
 from torch import distributed
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile
 
@@ -94,6 +95,7 @@ class Case:
         masked: Whether some of the text is padding.
         inner: The inner compiler.
         step: Denoising step.
+        ring: Whether keys go round instead of heads being divided.
     """
 
     policy: Any
@@ -107,6 +109,7 @@ class Case:
     masked: bool = False
     inner: str = "aot_eager"
     step: int | None = None
+    ring: bool = False
 
     @property
     def num_video(self) -> int:
@@ -151,7 +154,9 @@ def _compared(case: Case) -> Found:
     own_mask = None if mask is None else _part(mask.transpose(1, 3)[..., 0], case, rank, size)
     own_mask = None if own_mask is None else own_mask.transpose(1, 2)[:, None]
     torch._dynamo.reset()
-    divided = _run(case, _model(case), *parts, own_mask, mesh=distributed.group.WORLD)
+    name = "ring" if case.ring else "ulysses"
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=(name,))
+    divided = _run(case, _model(case), *parts, own_mask, mesh=mesh)
     errors = _errors(case, alone, divided, rank, size)
     return Found(errors, *divided["counts"])
 

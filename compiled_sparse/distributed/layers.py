@@ -93,13 +93,13 @@ class DistributedAttention(nn.Module):
 
     Args:
         config: The mechanism.
-        group: One-dimensional `DeviceMesh`, or `ProcessGroup`, of the ranks.
+        group: `DeviceMesh` with one dimension longer than 1, or `ProcessGroup`, of the ranks.
         grid_thw: Token grid of the whole video, after patching.
         scale: Softmax scale; None means `head_dim ** -0.5`.
 
     Raises:
-        DistributedError: if the mesh has several dimensions, or the mechanism looks at several
-            heads at once.
+        DistributedError: if the mesh has several dimensions or is a ring, or the mechanism looks at
+            several heads at once.
         LayoutError: if the grid is not one to three positive integers.
     """
 
@@ -116,6 +116,13 @@ class DistributedAttention(nn.Module):
         self.group = sequence_group(group)
         self.grid_thw = as_grid(grid_thw)
         self.scale = scale
+        if self.group.is_ring:
+            raise DistributedError(
+                "this layer divides heads",
+                got='a mesh with a dimension called "ring"',
+                expected="a mesh or group among which heads are divided",
+                next_step="call compiled_sparse.distributed.ring.ring_attention",
+            )
         if self.group.size > 1 and not config.has_separate_heads:
             raise DistributedError(
                 "this mechanism cannot have its heads on several ranks",

@@ -89,6 +89,8 @@ def _source(wanted: Requested | None) -> dict[str, Any]:
 
 
 def _where(site: Site) -> str:
+    if site.ring is not None:
+        return f"ring of {site.ring.group.size} processes"
     return "" if site.exchange is None else f"heads on {site.exchange.group.size} processes"
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compiled_sparse.config import Dense
 from compiled_sparse.errors import DistributedError
+from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import call
@@ -19,6 +21,8 @@ from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import refuse_other_tokens
+from compiled_sparse.passes.rings import Ring
+from compiled_sparse.passes.rings import pretend
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.passes.ulysses import replace_exchanges
@@ -46,7 +50,8 @@ def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.Graph
     sites, _ = find_sites(owner)
     for site in sites:
         if site.exchange is None and _is_divided(site, given, given.group):
-            _divide(site, given, given.group)
+            put = _into_ring if given.group.is_ring else _divide
+            put(site, given, given.group)
             edited.append(site.owner)
     return edited
 
@@ -74,6 +79,8 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         raise _misfit(site, given, group, rows, run)
     if refusal is not None:
         raise _unproven(site, refusal)
+    if group.is_ring:
+        _check_ring(site, given, group)
     if not _is_key_mask(site):
         raise _unproven(site, Refusal("mask_unsupported", "a mask that differs between queries"))
     if site.arguments["is_causal"]:
@@ -133,3 +140,20 @@ def _divide(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
     out = put_around(site.node, (query, key, value), group, given.num_video_tokens, around)
     for user in users:
         user.replace_input_with(site.node, out)
+
+
+def _check_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
+    """Check that at least dense attention can go round."""
+    if site.arguments["attn_mask"] is not None:
+        raise _unproven(site, Refusal("mask_unsupported", "a mask, in a ring"))
+    refusal = _ring(given, group).refusal(Dense())
+    if refusal is not None:
+        raise _unproven(site, Refusal("ring_unsupported", refusal))
+
+
+def _into_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
+    pretend(site.node, _ring(given, group))
+
+
+def _ring(given: LayoutMetadata, group: SequenceGroup) -> Ring:
+    return Ring(group, given.grid_thw, given.text or Text())

@@ -19,6 +19,7 @@ from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.mask_nodes import COPIED_META
+from compiled_sparse.passes.rings import rings_in
 from compiled_sparse.sharding import HeadShare
 from compiled_sparse.sharding import SequenceGroup
 from compiled_sparse.sharding import head_shares
@@ -103,6 +104,8 @@ def exchanges_in(owner: fx.GraphModule) -> dict[SequenceGroup, list[str]]:
                     f"{_number(num_video)} tokens of video, {tuple(map(_number, text))} of text"
                 )
                 found.setdefault(SequenceGroup(name, size, rank), []).append(words)
+        for group, words in rings_in(module.graph):
+            found.setdefault(group, []).append(words)
     return found
 
 

@@ -28,9 +28,11 @@ from compiled_sparse.passes.layouts import specialized
 from compiled_sparse.passes.masks import KeyMask
 from compiled_sparse.passes.replacement import Replacement
 from compiled_sparse.passes.rewrite import SparseAttentionPass
+from compiled_sparse.passes.rewrite import leave_dense
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
 from compiled_sparse.passes.runtime_inputs import fake_mode_of
 from compiled_sparse.policy import Policy
+from compiled_sparse.registry import Refused
 from compiled_sparse.report import Decision
 from compiled_sparse.selector import PolicySources
 from compiled_sparse.selector import requested
@@ -100,6 +102,11 @@ class ProbePass(SparseAttentionPass):
 
     def _process(self, case: Case, runtime: RuntimeInputs, outputs: FurtherOutputs) -> Decision:
         """Return what was decided about the first candidate that does not fit, or the first."""
+        if case.site.ring is not None:
+            refused = Refused("ring_unsupported", "candidates are measured with all keys at hand")
+            decision = dense_decision(case.site, case.facts, refused)
+            leave_dense(case.site, slim=False)
+            return decision
         if isinstance(case.layout, SiteLayout):
             # What is said of the site holds for one grid: another one is another graph.
             case = dataclasses.replace(case, layout=specialized(case.layout))

@@ -57,15 +57,18 @@ def prove(
         return Refused("layout_dynamic")
     text = Text(hint(layout.text_before), hint(layout.text_after))
     chosen = choose(config, layout.grid_hint, text.before, text.after, site.num_heads, sparsity)
-    if site.exchange is not None and isinstance(chosen, Chosen):
-        return _divided(site, layout, chosen)
-    return chosen if isinstance(chosen, Refused) else (layout, chosen)
+    if isinstance(chosen, Chosen):
+        return _on_several_processes(site, chosen) or (layout, chosen)
+    return chosen
 
 
-def _divided(site: Site, layout: SiteLayout, chosen: Chosen) -> tuple[SiteLayout, Chosen] | Refused:
-    """Refuse what looks at several heads at once: each process has only some of them."""
-    if chosen.config.has_separate_heads:
-        return layout, chosen
+def _on_several_processes(site: Site, chosen: Chosen) -> Refused | None:
+    """Refuse what needs several heads at once, or all keys, where processes have some of them."""
+    if site.ring is not None:
+        refusal = site.ring.refusal(chosen.config)
+        return None if refusal is None else Refused("ring_unsupported", refusal)
+    if site.exchange is None or chosen.config.has_separate_heads:
+        return None
     return Refused("heads_divided", f"{site.num_heads} heads on several processes")
 
 

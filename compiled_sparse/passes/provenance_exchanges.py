@@ -63,7 +63,18 @@ def _joined_runs(video: Track, size: int, rank: int, num_video: Any) -> Part | N
     return Part((Stream(names, num_video),)) if len(video) == 1 and names else None
 
 
-@rule("gather_heads.default")
+@rule("ring_whole.default")
+def _ring_whole(analysis: Provenance, node: fx.Node) -> TrackValue:
+    arguments: Any = node.args
+    x, num_video, before, after = arguments
+    ring = node.meta["compiled_sparse_ring"]
+    batch, heads, rows, channels = analysis.of(x)
+    place = (ring.group.size, ring.group.rank)
+    whole = _whole(rows, place, num_video, (before, after))
+    return (batch, heads, whole or stream(example_value(node).shape[2], (node, 2)), channels)
+
+
+@rule("gather_heads.default", "ring_own.default")
 def _gather_heads(analysis: Provenance, node: fx.Node) -> TrackValue:
     arguments: Any = node.args
     shape = example_value(node).shape

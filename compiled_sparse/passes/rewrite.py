@@ -24,9 +24,11 @@ from compiled_sparse.passes.markers import Markers
 from compiled_sparse.passes.masks import slim_dense_mask
 from compiled_sparse.passes.proof import prove
 from compiled_sparse.passes.replacement import Replacement
+from compiled_sparse.passes.rings import settle
 from compiled_sparse.passes.runtime_arguments import RuntimeArguments
 from compiled_sparse.passes.runtime_inputs import RuntimeInput
 from compiled_sparse.passes.runtime_inputs import RuntimeInputs
+from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.policy import Policy
 from compiled_sparse.policy import StepSchedule
@@ -111,8 +113,8 @@ class SparseAttentionPass:
 
     def _process(self, case: Case, runtime: RuntimeInputs, outputs: FurtherOutputs) -> Decision:
         decision = self._decide(case, runtime, outputs)
-        if self.rewrite and not decision.is_sparse:
-            slim_dense_mask(case.site)
+        if not decision.is_sparse:
+            leave_dense(case.site, slim=self.rewrite)
         return decision
 
     def _decide(self, case: Case, runtime: RuntimeInputs, outputs: FurtherOutputs) -> Decision:
@@ -123,6 +125,10 @@ class SparseAttentionPass:
             # A layout that is not proven is refused before anyone is asked what to do.
             asked = wanted if isinstance(case.layout_for(wanted), SiteLayout) else None
             return dense_decision(site, facts, outcome, asked)
+        if site.ring is not None:
+            decision = outcome.decision(facts)
+            settle(site.node, site.ring, outcome.chosen.config)
+            return decision
         if self.rewrite:
             out = outcome.apply()
             if self.check_rows:
@@ -159,3 +165,16 @@ class SparseAttentionPass:
         )
         replacement = Replacement(case.site, wanted, layout, chosen, arguments)
         return replacement.refused or replacement
+
+
+def leave_dense(site: Site, *, slim: bool) -> None:
+    """Leave a call dense: in a ring it still has to be made the ring's.
+
+    Args:
+        site: The call.
+        slim: Whether to shrink its mask.
+    """
+    if site.ring is not None:
+        settle(site.node, site.ring, None)
+    elif slim:
+        slim_dense_mask(site)

@@ -30,6 +30,8 @@ from compiled_sparse.passes.mask_analysis import masks_at
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
 from compiled_sparse.passes.provenance import Visit
+from compiled_sparse.passes.rings import Ring
+from compiled_sparse.passes.rings import ring_of
 from compiled_sparse.passes.sdpa import arguments_of
 from compiled_sparse.passes.sdpa import is_sdpa
 from compiled_sparse.passes.tracks import Track
@@ -99,6 +101,11 @@ class Site:
             value_track=value,
             exchange=None,
         )
+
+    @property
+    def ring(self) -> Ring | None:
+        """The ring that its keys go round, if they do."""
+        return ring_of(self.node)
 
     @property
     def num_heads(self) -> int:

@@ -20,7 +20,8 @@ from torch._ops import HigherOrderOperator
 from torch._ops import OpOverload
 from torch._ops import OpOverloadPacket
 
-from compiled_sparse.ops import ulysses as _ulysses  # noqa: F401 - defines the exchanges
+from compiled_sparse.ops import ring_shapes as _ring  # noqa: F401 - defines ops
+from compiled_sparse.ops import ulysses as _ulysses  # noqa: F401 - defines ops
 from compiled_sparse.passes.fx import CHECKPOINT_OPS
 from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import nested_graphs
@@ -142,9 +143,23 @@ def is_trusted(node: fx.Node) -> bool:
     if _option(node, "out") is not None:
         return False
     if isinstance(node.target, _OPERATIONS):
-        is_exchange = node.target in (_OPS.scatter_heads.default, _OPS.gather_heads.default)
-        return is_exchange or _module_of(node).split(".")[:3] == ["torch", "_ops", "aten"]
+        return node.target in _followed() or _module_of(node).split(".")[:3] == [
+            "torch",
+            "_ops",
+            "aten",
+        ]
     return _is_torch(node)
+
+
+@functools.cache
+def _followed() -> tuple[OpOverload, ...]:
+    """Ops of this package that move tokens and have rules."""
+    return (
+        _OPS.scatter_heads.default,
+        _OPS.gather_heads.default,
+        _OPS.ring_whole.default,
+        _OPS.ring_own.default,
+    )
 
 
 def _option(node: fx.Node, name: str) -> Any:

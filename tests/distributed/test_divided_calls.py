@@ -53,6 +53,21 @@ CASES = [
 ]
 
 
+RING_GRID = (12, 3, 2)
+RINGS = [
+    Case(policy=cs.STA(window_thw=(3, 1, 1), tile_thw=(1, 3, 2)), grid=RING_GRID, ring=True),
+    Case(
+        policy=cs.STA(window_thw=BY_HEAD.windows, tile_thw=(1, 3, 2)),
+        heads=3,
+        grid=RING_GRID,
+        text=BOTH,
+        ring=True,
+    ),
+    Case(policy="dense", grid=RING_GRID, text=TEXT, heads=3, ring=True),
+    Case(policy=cs.SWBA(block=6, window=3), grid=RING_GRID, ring=True, inner="inductor"),
+]
+
+
 def _check(size: int, cases: list[Case]) -> None:
     for rank, found in enumerate(values(size, compare, cases, limit_s=500)):
         for case, each in zip(cases, found, strict=True):
@@ -61,6 +76,9 @@ def _check(size: int, cases: list[Case]) -> None:
 
 
 def _check_counts(size: int, case: Case, found: dict[str, Any]) -> None:
+    if case.ring:
+        assert found["sparse"] > 0
+        return
     exchanges = 0 if size == 1 else 2 * CALLS
     if case.masked and size > 1:
         exchanges += 1  # of the mask, which all calls share
@@ -76,3 +94,9 @@ def test_two_processes_compute_what_one_does() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_mechanism_gives_on_several_processes_what_it_gives_on_one(size: int) -> None:
     _check(size, CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_keys_that_go_round_a_ring_give_what_one_process_does(size: int) -> None:
+    _check(size, RINGS)
