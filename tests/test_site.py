@@ -19,6 +19,7 @@ import yaml
 
 import compiled_sparse as cs
 from compiled_sparse import calibration
+from compiled_sparse import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -60,7 +61,7 @@ def test_every_public_name_is_on_a_page() -> None:
     text = "\n".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
     documented = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     assert len(set(documented)) == len(documented)
-    assert places(cs) | places(calibration) <= set(documented)
+    assert places(cs) | places(calibration) | places(distributed) <= set(documented)
     assert {"compiled_sparse.registry", "compiled_sparse.errors"} <= set(documented)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,7 +94,9 @@ def test_two_processes_compute_what_one_does() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_mechanism_gives_on_several_processes_what_it_gives_on_one(size: int) -> None:
-    _check(size, CASES)
+    # Tracing a backward pass takes most of the time, and is the same for any number of processes.
+    light = [case if case.inner == "inductor" else replace(case, inner="eager") for case in CASES]
+    _check(size, CASES if size == 2 else light if size == 4 else light[:-2])
 
 
 @pytest.mark.slow
