@@ -12,8 +12,13 @@ from sharded import shard_of
 from sharded import whole_of
 from torch import Tensor
 from torch import distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_sparse as cs
+from compiled_sparse.distributed.cost import least_sent_bytes
+from compiled_sparse.distributed.cost import ulysses
+from compiled_sparse.distributed.cost_inputs import Cluster
+from compiled_sparse.distributed.cost_inputs import Layer
 from compiled_sparse.sharding import head_shares
 
 OPS = torch.ops.compiled_sparse
@@ -115,3 +120,52 @@ def test_key_heads_go_where_their_query_heads_are() -> None:
             served = [head // group for head in range(*share.query)]
             each = len(served) // max(1, len(share.key))
             assert served == [key for key in share.key for _ in range(each)]
+
+
+class _Sent(TorchDispatchMode):
+    """Counts the bytes that leave this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            runs = [n for rank, n in enumerate(args[2]) if rank != distributed.get_rank()]
+            self.sent += sum(runs) * args[0].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes_sent(cases: list[tuple[int, ...]]) -> list[int]:
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    found = []
+    for case in cases:
+        _, key_heads, video, before, after = case
+        text = cs.Text(before=before, after=after)
+        local = [shard_of(each, rank, size, text) for each in _whole(case, 3)]
+        with _Sent() as counted:
+            out = OPS.scatter_heads(local, "0", size, rank, video, before, after)[0]
+            OPS.gather_heads(out, local[0], key_heads, "0", size, rank, before, after)
+        found.append(counted.sent)
+    return found
+
+
+def test_no_byte_is_sent_that_the_model_of_the_costs_does_not_count() -> None:
+    cases = [(4, 4, 12, 0, 0), (8, 4, 12, 0, 0), (4, 4, 12, 2, 5), (6, 6, 12, 0, 0)]
+    for size in (2, 4):
+        ranks = values(size, _bytes_sent, cases)
+        cluster = Cluster(gpus=size)
+        for i, (heads, key_heads, video, *text) in enumerate(cases):
+            layer = Layer(
+                video_tokens=video,
+                text_tokens=sum(text),
+                heads=heads,
+                key_heads=key_heads,
+                head_dim=8,
+                element_bytes=8,
+            )
+            sent = [of_rank[i] / 2 for of_rank in ranks]  # of a batch of two
+            assert max(sent) == ulysses(layer, cluster).sent_bytes
+            assert sum(sent) / size == least_sent_bytes(layer, size)
