@@ -1,4 +1,4 @@
-"""The example that trains in several processes, as torchrun runs it."""
+"""The examples of several processes, as torchrun runs them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_sharded.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 pytestmark = pytest.mark.slow
 
 
-def run(num_processes: int, *words: str) -> list[float]:
-    """Run the example; return the losses that the first process printed."""
+def printed(example: str, num_processes: int, *words: str) -> str:
+    """Run an example; return what it printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", str(num_processes), str(EXAMPLE)]
+    command = [*launcher, "--nproc-per-node", str(num_processes), str(EXAMPLES / example)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--inner", "aot_eager", *words],
@@ -30,7 +30,13 @@ def run(num_processes: int, *words: str) -> list[float]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "stay dense" not in done.stderr
-    return [float(each) for each in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+    return done.stdout
+
+
+def run(num_processes: int, *words: str) -> list[float]:
+    """Train; return the losses that the first process printed."""
+    said = printed("train_sharded.py", num_processes, *words)
+    return [float(each) for each in re.findall(r"loss (\d+\.\d+)", said)]
 
 
 def test_four_processes_continue_what_two_began_as_one_would_have(tmp_path: Path) -> None:
@@ -45,3 +51,13 @@ def test_four_processes_continue_what_two_began_as_one_would_have(tmp_path: Path
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="cannot be shared evenly by 2 processes"):
         run(2, "--batch", "3", "--steps", "1", "--out", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(("num_processes", "ring"), [(3, ()), (2, ("--ring",))])
+def test_a_divided_video_is_what_one_process_makes_of_it(
+    num_processes: int, ring: tuple[str, ...]
+) -> None:
+    policy = ("--policy", "sta:window_thw=3x1x3,tile_thw=4x4x4")
+    said = printed("divided_video.py", num_processes, *policy, *ring)
+    (error,) = re.findall(r"2 of 2 attention calls sparse.* relative error (\S+)", said)
+    assert float(error) < 1e-5
