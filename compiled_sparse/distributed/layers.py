@@ -6,6 +6,8 @@ of FastVideo: [batch, tokens, heads, head_dim] in and out, text replicated on al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -164,13 +166,15 @@ class DistributedAttention(nn.Module):
             The outputs of the video, like `q`, and of the text, or None.
 
         Raises:
-            ShapeError: if there are other than `rows` tokens.
+            ShapeError: if there are other than `rows` tokens, or text of which the three hold
+                unequally many.
             CompiledSparseError: whatever `compiled_sparse.attention` raises.
         """
-        self._check(q)
+        self._check({"q": q, "k": k, "v": v, "gate_compress": gate_compress})
         tensors = [q, k, v]
         text = 0
         if replicated is not None:
+            _check_text(replicated)
             text = replicated[0].shape[1]
             tensors = [torch.cat(pair, 1) for pair in zip(tensors, replicated, strict=True)]
         if gate_compress is not None:
@@ -202,16 +206,30 @@ class DistributedAttention(nn.Module):
         gathered: Tensor = ops.gather_heads(out, query, key.shape[1], *names, 0, text)
         return gathered.transpose(1, 2)
 
-    def _check(self, q: Tensor) -> None:
-        if q.dim() == 4 and q.shape[1] == self.rows:
-            return
-        raise ShapeError(
-            "this rank holds another number of the video's tokens",
-            got=f"q of shape {tuple(q.shape)}",
-            expected=f"[batch, {self.rows}, heads, head_dim]: grid {self.grid_thw} on "
-            f"{self.group.size} ranks",
-            next_step="pad the tokens at the end to a multiple of the ranks, then divide them",
-        )
+    def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is None or (tensor.dim() == 4 and tensor.shape[1] == self.rows):
+                continue
+            raise ShapeError(
+                "this rank holds another number of the video's tokens",
+                got=f"{name} of shape {tuple(tensor.shape)}",
+                expected=f"[batch, {self.rows}, heads, head_dim]: grid {self.grid_thw} on "
+                f"{self.group.size} ranks",
+                next_step="pad the tokens at the end to a multiple of the ranks, then divide them",
+            )
+
+
+def _check_text(replicated: Sequence[Tensor]) -> None:
+    shapes = [tuple(each.shape) for each in replicated]
+    is_one_length = len(shapes) == 3 and len({shape[1:2] for shape in shapes}) == 1
+    if is_one_length and all(len(shape) == 4 for shape in shapes):
+        return
+    raise ShapeError(
+        "the replicated tokens are not one text",
+        got=f"shapes {', '.join(map(str, shapes))}",
+        expected="queries, keys and values [batch, text tokens, heads, head_dim], equally many",
+        next_step="pass Replicated(q, k, v) of the same tokens, the same on all ranks",
+    )
 
 
 def _of_rank(
