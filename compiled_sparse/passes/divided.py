@@ -43,7 +43,11 @@ def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.Graph
     edited = replace_exchanges(owner)
     if given is None or given.group is None or given.group.size == 1:
         return edited
-    sites, _ = find_sites(owner)
+    sites, others = find_sites(owner)
+    run = run_length(given.num_video_tokens, given.group.size)
+    for other in others:
+        if other.self_length is not None and other.self_length >= run:
+            raise _unproven(other.path, Refusal("other_attention", other.name))
     for site in sites:
         if site.exchange is None and _is_divided(site, given, given.group):
             _divide(site, given, given.group)
@@ -59,9 +63,9 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
             telling.
     """
     query = site.tensor("query")
-    if not isinstance(query, FakeTensor) or query.dim() != 4 or not site.is_self_length:
+    if not isinstance(query, FakeTensor) or not site.is_self_length:
         return False
-    rows = hint(query.shape[2])
+    rows = hint(query.shape[-2])
     text = given.text
     run = run_length(given.num_video_tokens, group.size)
     of_text = 0 if text is None else text.before + text.after
@@ -72,13 +76,20 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         return False
     if rows != run + of_text:
         raise _misfit(site, given, group, rows, run)
+    refusal = _refuse_form(site) or refusal
     if refusal is not None:
-        raise _unproven(site, refusal)
-    if not _is_key_mask(site):
-        raise _unproven(site, Refusal("mask_unsupported", "a mask that differs between queries"))
-    if site.arguments["is_causal"]:
-        raise _unproven(site, Refusal("causal", "is_causal=True"))
+        raise _unproven(site.path, refusal)
     return True
+
+
+def _refuse_form(site: Site) -> Refusal | None:
+    """Refuse calls that no exchange can be put around."""
+    dimensions = site.tensor("query").dim()
+    if dimensions != 4:
+        return Refusal("rank_unsupported", f"queries of {dimensions} dimensions")
+    if not _is_key_mask(site):
+        return Refusal("mask_unsupported", "a mask that differs between queries or heads")
+    return Refusal("causal", "is_causal=True") if site.arguments["is_causal"] else None
 
 
 def _is_key_mask(site: Site) -> bool:
@@ -108,14 +119,14 @@ def _misfit(
     )
 
 
-def _unproven(site: Site, refusal: Refusal) -> DistributedError:
+def _unproven(path: str, refusal: Refusal) -> DistributedError:
     return DistributedError(
-        f"{site.path or 'a call'} attends to this rank's tokens only, and nothing can be put "
-        "around it",
+        f"{path or 'a call'} attends to this rank's tokens only, and nothing can be put around it",
         got=f"{refusal.reason}: {refusal.detail}",
-        expected="self-attention over one sequence, with a mask [batch, 1, 1, length] at most",
+        expected="scaled_dot_product_attention [batch, heads, length, head_dim] among one sequence's "
+        "tokens, with a mask [batch, 1, 1, length] at most",
         next_step="leave out mesh= and divide the attention in the model, with "
-        "compiled_sparse.distributed.DistributedAttention",
+        "compiled_sparse.distributed.layers.DistributedAttention",
     )
 
 

@@ -1,0 +1,64 @@
+"""Models explained as one of two ranks that a video is divided among, without the other one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from process_groups import lone_group
+from torch import Tensor
+from torch import distributed
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import compiled_sparse as cs
+from compiled_sparse.report import Decision
+
+GRID = (4, 6, 5)
+RUN = 60
+"""Tokens of each rank."""
+STA = cs.STA(window_thw=(1, 3, 3), tile_thw=(2, 3, 2))
+
+Attend = Callable[..., Tensor]
+
+
+class Single(nn.Module):
+    """One attention among 2 heads of 8 channels, projected from what it is given.
+
+    Args:
+        attend: Called with queries, keys and values [batch, heads, length, 8].
+    """
+
+    def __init__(self, attend: Attend = F.scaled_dot_product_attention) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.attend = attend
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Attend from one sequence to another, by default to itself."""
+        context = x if context is None else context
+        q, k, v = (
+            layer(each).unflatten(2, (2, 8)).transpose(1, 2)
+            for layer, each in zip(self.project, (x, context, context), strict=True)
+        )
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+def sequence(length: int = RUN) -> Tensor:
+    """Return random tokens [1, length, 16]."""
+    return torch.randn(1, length, 16)
+
+
+def explained(
+    model: Callable[..., Any], *inputs: Any, policy: Any = STA, text: cs.Text | None = None
+) -> tuple[Decision, ...]:
+    """Return what is decided about each call where tokens are divided; raise what stops that."""
+    with lone_group(2):
+        torch._dynamo.reset()
+        with cs.metadata(grid_thw=GRID, text=text, mesh=distributed.group.WORLD):
+            try:
+                return cs.explain(model, *inputs, policy=policy).sites
+            except BackendCompilerFailed as error:  # what Dynamo makes of it
+                raise error.inner_exception from None
