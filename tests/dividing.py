@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import compiled_sparse as cs
+from compiled_sparse.config import MechanismConfig
 from compiled_sparse.report import Decision
 
 GRID = (4, 6, 5)
@@ -44,6 +45,34 @@ class Single(nn.Module):
             for layer, each in zip(self.project, (x, context, context), strict=True)
         )
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Refined(nn.Module):
+    """Video that attends to text, which attends among itself before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner, self.cross = Single(), Single()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """Refine the text, then attend to it."""
+        return self.cross(x, self.refiner(text))
+
+
+def with_keys_gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Ring attention by an all-gather of the keys and values of two ranks."""
+    ops = torch.ops._c10d_functional
+    whole = (
+        ops.wait_tensor(ops.all_gather_into_tensor(each.contiguous(), 2, "0")) for each in (k, v)
+    )
+    keys, values = (torch.cat(each.chunk(2), 2) for each in whole)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def moba_over_heads(kind: str) -> MechanismConfig:
+    """Return a config whose heads share what they select; `kind` is "overall" or "block"."""
+    config = cs.VMoBA(moba_select_mode="threshold", moba_threshold_type=kind)
+    return config.for_layer(0)
 
 
 def sequence(length: int = RUN) -> Tensor:

@@ -9,12 +9,12 @@ from dividing import RUN
 from dividing import STA
 from dividing import Single
 from dividing import explained
+from dividing import moba_over_heads
 from dividing import sequence
 from messages import Case
 from process_groups import lone_group
 from torch import distributed
 
-import compiled_sparse as cs
 from compiled_sparse.config import MechanismConfig
 from compiled_sparse.distributed.layers import DistributedAttention
 from compiled_sparse.distributed.layers import Replicated
@@ -23,8 +23,6 @@ from compiled_sparse.errors import ShapeError
 from compiled_sparse.sharding import sequence_group
 
 MODULES = ("distributed/layers", "passes/divided", "sharding")
-
-OVERALL = cs.VMoBA(moba_select_mode="threshold", moba_threshold_type="overall")
 
 
 def divide_along_two() -> None:
@@ -75,7 +73,7 @@ CASES = {
         "vmoba:",
         "depends on that head alone",
         'moba_threshold_type="query_head" or "head_global"',
-        lambda: attend_in_a_layer(OVERALL),
+        lambda: attend_in_a_layer(moba_over_heads("overall")),
     ),
     "rows of a layer": Case(
         ShapeError,

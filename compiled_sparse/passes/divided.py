@@ -123,8 +123,8 @@ def _unproven(path: str, refusal: Refusal) -> DistributedError:
     return DistributedError(
         f"{path or 'a call'} attends to this rank's tokens only, and nothing can be put around it",
         got=f"{refusal.reason}: {refusal.detail}",
-        expected="scaled_dot_product_attention [batch, heads, length, head_dim] among one sequence's "
-        "tokens, with a mask [batch, 1, 1, length] at most",
+        expected="scaled_dot_product_attention [batch, heads, length, head_dim] among the tokens "
+        "of one sequence, with a mask [batch, 1, 1, length] at most",
         next_step="leave out mesh= and divide the attention in the model, with "
         "compiled_sparse.distributed.layers.DistributedAttention",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dividing import moba_over_heads
 from layer_cases import LayerCase
 from layer_cases import assert_as_on_one
 from layer_cases import in_layers
@@ -134,7 +135,7 @@ def test_windows_of_other_heads_are_refused_on_every_rank() -> None:
 
 
 def test_a_mechanism_over_several_heads_is_refused_where_there_are_several_ranks() -> None:
-    overall = cs.VMoBA(moba_select_mode="threshold", moba_threshold_type="overall")
+    overall = moba_over_heads("overall")
     with lone_group(2), pytest.raises(DistributedError, match="several ranks"):
         _layer(overall)
     with lone_group(1):

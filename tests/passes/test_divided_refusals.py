@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dividing import RUN
+from dividing import Refined
 from dividing import Single
 from dividing import explained
+from dividing import moba_over_heads
 from dividing import sequence
+from dividing import with_keys_gathered
 from process_groups import lone_group
 from torch import Tensor
 from torch import distributed
@@ -135,17 +138,6 @@ def test_a_kernel_called_by_its_name_is_reported(mesh: bool) -> None:
     assert (found.reason, found.detail) == ("other_attention", FLASH.__name__)
 
 
-class _Joint(nn.Module):
-    """Queries of the video, keys of text, and text among itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.refiner, self.cross = Single(), Single()
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        return self.cross(x, self.refiner(text))
-
-
 @pytest.mark.parametrize("length", [7, 90])
 def test_attention_to_text_on_all_ranks_is_left_alone(length: int) -> None:
     model, inputs = Single(), (sequence(), sequence(length))
@@ -157,7 +149,7 @@ def test_attention_to_text_on_all_ranks_is_left_alone(length: int) -> None:
 
 
 def test_short_text_among_itself_is_left_alone() -> None:
-    model, inputs = _Joint(), (sequence(), sequence(7))
+    model, inputs = Refined(), (sequence(), sequence(7))
     assert [each.path for each in explained(model, *inputs)] == ["refiner", "cross"]
     assert all(each.query_shape[2] in (7, RUN) for each in explained(model, *inputs))
     with lone_group(2), cs.metadata(grid_thw=(4, 6, 5), mesh=distributed.group.WORLD):
@@ -165,13 +157,9 @@ def test_short_text_among_itself_is_left_alone() -> None:
         torch.testing.assert_close(compiled(*inputs), model(*inputs))
 
 
-OVERALL = cs.VMoBA(moba_select_mode="threshold", moba_threshold_type="overall")
-BLOCK = cs.VMoBA(moba_select_mode="threshold", moba_threshold_type="block")
-
-
-@pytest.mark.parametrize("config", [OVERALL, BLOCK], ids=["overall", "block"])
-def test_a_choice_over_several_heads_is_left_dense(config: cs.VMoBA) -> None:
-    (found,) = explained(Single(), sequence(), policy=config.for_layer(0))
+@pytest.mark.parametrize("kind", ["overall", "block"])
+def test_a_choice_over_several_heads_is_left_dense(kind: str) -> None:
+    (found,) = explained(Single(), sequence(), policy=moba_over_heads(kind))
     assert found.reason == "heads_divided"
     assert "2 heads on several processes" in found.detail
 
@@ -191,19 +179,7 @@ def test_a_mechanism_of_another_package_is_left_dense_unless_it_says_more(topblo
     assert found.reason == "heads_divided"
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Ring attention by an all-gather of keys and values."""
-    keys, values = (
-        torch.ops._c10d_functional.wait_tensor(
-            torch.ops._c10d_functional.all_gather_into_tensor(each.contiguous(), 2, "0")
-        )
-        for each in (k, v)
-    )
-    k, v = (torch.cat(each.chunk(2), 2) for each in (keys, values))
-    return SDPA(q, k, v)
-
-
 def test_keys_gathered_from_other_ranks_are_left_alone() -> None:
-    (found,) = explained(Single(_gathered), sequence())
+    (found,) = explained(Single(with_keys_gathered), sequence())
     assert found.reason == "keys_gathered"
     assert found.query_shape == (1, 2, RUN, 8)
