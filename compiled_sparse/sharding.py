@@ -94,6 +94,22 @@ def run_length(num_video: int, parts: int) -> int:
     return -(-num_video // parts)
 
 
+def unpadded_runs(num_video: int, group: SequenceGroup) -> set[int]:
+    """Return how many tokens this rank would hold where padding was forgotten.
+
+    Args:
+        num_video: Tokens of the whole video.
+        group: The ranks.
+
+    Returns:
+        Its number as `Tensor.chunk` and as `Tensor.tensor_split` divide; empty where it needs no
+        padding.
+    """
+    run = run_length(num_video, group.size)
+    left = num_video - group.rank * run
+    return {count for count in (left, shares(num_video, group.size)[group.rank]) if 0 < count < run}
+
+
 def sequence_group(where: Any) -> SequenceGroup:
     """Return the processes a device mesh or a process group says.
 

@@ -81,12 +81,26 @@ def sequence(length: int = RUN) -> Tensor:
 
 
 def explained(
-    model: Callable[..., Any], *inputs: Any, policy: Any = STA, text: cs.Text | None = None
+    model: Callable[..., Any],
+    *inputs: Any,
+    policy: Any = STA,
+    text: cs.Text | None = None,
+    grid: tuple[int, ...] = GRID,
+    place: tuple[int, int] = (0, 2),
 ) -> tuple[Decision, ...]:
-    """Return what is decided about each call where tokens are divided; raise what stops that."""
-    with lone_group(2):
+    """Return what is decided about each call where tokens are divided; raise what stops that.
+
+    Args:
+        model: What makes the calls.
+        inputs: Its inputs.
+        policy: The policy.
+        text: What `cs.metadata` is told about text.
+        grid: Token grid of the whole video.
+        place: This process's rank, and how many there are.
+    """
+    with lone_group(place[1], rank=place[0]):
         torch._dynamo.reset()
-        with cs.metadata(grid_thw=GRID, text=text, mesh=distributed.group.WORLD):
+        with cs.metadata(grid_thw=grid, text=text, mesh=distributed.group.WORLD):
             try:
                 return cs.explain(model, *inputs, policy=policy).sites
             except BackendCompilerFailed as error:  # what Dynamo makes of it

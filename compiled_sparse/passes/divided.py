@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from compiled_sparse.errors import DistributedError
+from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import call
@@ -24,6 +25,7 @@ from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.passes.ulysses import replace_exchanges
 from compiled_sparse.sharding import SequenceGroup
 from compiled_sparse.sharding import run_length
+from compiled_sparse.sharding import unpadded_runs
 
 
 def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.GraphModule]:
@@ -69,8 +71,8 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
     text = given.text
     run = run_length(given.num_video_tokens, group.size)
     of_text = 0 if text is None else text.before + text.after
-    if rows < run:
-        return False
+    if rows < run and rows - of_text not in unpadded_runs(given.num_video_tokens, group):
+        return False  # of text
     refusal = refuse_other_tokens(site)
     if refusal is not None and refusal.reason in ("cross_attention", "not_video"):
         return False
@@ -104,13 +106,13 @@ def _is_key_mask(site: Site) -> bool:
 def _misfit(
     site: Site, given: LayoutMetadata, group: SequenceGroup, rows: int, run: int
 ) -> DistributedError:
-    whole = given.num_video_tokens
-    is_whole = rows >= whole
-    advice = (
-        "divide the tokens before the model, or leave out mesh="
-        if is_whole
-        else "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
-    )
+    whole, text = given.num_video_tokens, given.text or Text()
+    if rows - text.before - text.after in unpadded_runs(whole, group):
+        advice = "pad the tokens at the end to a multiple of the ranks, then divide them"
+    elif rows >= whole:
+        advice = "divide the tokens before the model, or leave out mesh="
+    else:
+        advice = "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
     return DistributedError(
         f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has another number",
         got=f"{rows} tokens in the call, {given.text or 'no text'} given",

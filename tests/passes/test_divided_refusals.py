@@ -73,6 +73,23 @@ def test_another_number_of_tokens_is_refused(
     assert advice in error.next_step
 
 
+@pytest.mark.parametrize("text", [None, cs.Text(after=7)])
+@pytest.mark.parametrize(
+    ("length", "place"),
+    [(52, (1, 2)), (33, (1, 3)), (33, (2, 3)), (32, (2, 3))],
+    ids=str,
+)
+def test_a_run_without_its_padding_is_refused(
+    length: int, place: tuple[int, int], text: cs.Text | None
+) -> None:
+    """105 tokens on two ranks, or 100 on three, as chunk and tensor_split divide them."""
+    grid = (5, 7, 3) if place[1] == 2 else (100, 1, 1)
+    rows = length + (0 if text is None else text.after)
+    error = _refused(Single(), sequence(rows), text=text, grid=grid, place=place)
+    assert error.got.startswith(f"{rows} tokens in the call")
+    assert "pad the tokens at the end" in error.next_step
+
+
 def _masked(*shape: int) -> Single:
     return Single(lambda q, k, v: SDPA(q, k, v, torch.ones(shape, dtype=torch.bool)))
 
