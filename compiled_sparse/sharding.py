@@ -6,6 +6,7 @@ Method: DeepSpeed-Ulysses, arXiv 2309.14509.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,8 @@ def head_shares(num_heads: int, num_key_heads: int, parts: int) -> tuple[HeadSha
     Returns:
         One share per rank; empty where there are more ranks than heads.
     """
+    # Who has which head is the structure of a graph: traced numbers become constants.
+    num_heads, num_key_heads = operator.index(num_heads), operator.index(num_key_heads)
     group = num_heads // num_key_heads
     unit = group if num_key_heads >= parts else 1
     found: list[HeadShare] = []

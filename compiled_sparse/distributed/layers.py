@@ -221,8 +221,9 @@ class DistributedAttention(nn.Module):
 
 def _check_text(replicated: Sequence[Tensor]) -> None:
     shapes = [tuple(each.shape) for each in replicated]
-    is_one_length = len(shapes) == 3 and len({shape[1:2] for shape in shapes}) == 1
-    if is_one_length and all(len(shape) == 4 for shape in shapes):
+    lengths = [shape[1] for shape in shapes if len(shape) == 4]
+    # Compared, not hashed: a text length stays symbolic in traced code.
+    if len(shapes) == len(lengths) == 3 and lengths[0] == lengths[1] == lengths[2]:
         return
     raise ShapeError(
         "the replicated tokens are not one text",

@@ -12,6 +12,7 @@ from process_groups import lone_group
 from processes import values
 from torch import Tensor
 from torch import distributed
+from torch._dynamo.testing import CompileCounter
 
 import compiled_sparse as cs
 from compiled_sparse.config import MechanismConfig
@@ -22,6 +23,8 @@ from compiled_sparse.errors import ConfigError
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.errors import LayoutError
 from compiled_sparse.errors import ShapeError
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 TILE = (2, 3, 2)
 ODD = (5, 7, 3)
@@ -127,6 +130,17 @@ def test_text_of_different_lengths_is_refused() -> None:
     text = Replicated(_tokens(5), _tokens(6), _tokens(6))
     with lone_group(2), pytest.raises(ShapeError, match=r"\(1, 5, 4, 8\), \(1, 6, 4, 8\)"):
         _layer()(*(_tokens() for _ in range(3)), replicated=text)
+
+
+def test_text_of_another_length_needs_no_other_graph() -> None:
+    counter = CompileCounter()
+    with lone_group(2), torch.no_grad():
+        compiled = torch.compile(_layer(), backend=counter, fullgraph=True, dynamic=True)
+        for length in (5, 9, 7):
+            text = Replicated(*(_tokens(length) for _ in range(3)))
+            video, words = compiled(*(_tokens() for _ in range(3)), replicated=text)
+            assert (video.shape[1], words.shape[1]) == (60, length)
+    assert counter.frame_count == 1
 
 
 def test_windows_of_other_heads_are_refused_on_every_rank() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,10 @@ import compiled_sparse as cs
 from compiled_sparse import registry
 from compiled_sparse.errors import DistributedError
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SDPA = F.scaled_dot_product_attention
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def _refused(model: Any, *inputs: Any, **options: Any) -> DistributedError:
