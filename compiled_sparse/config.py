@@ -278,6 +278,11 @@ class Dense(MechanismConfig):
 
     name: ClassVar[str] = "dense"
 
+    @property
+    def has_separate_heads(self) -> bool:
+        """Whether what a head attends to depends on that head alone."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class STA(MechanismConfig):

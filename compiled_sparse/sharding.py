@@ -6,6 +6,7 @@ Method: DeepSpeed-Ulysses, arXiv 2309.14509.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,8 @@ def head_shares(num_heads: int, num_key_heads: int, parts: int) -> tuple[HeadSha
     Returns:
         One share per rank; empty where there are more ranks than heads.
     """
+    # Who has which head is the structure of a graph: traced numbers become constants.
+    num_heads, num_key_heads = operator.index(num_heads), operator.index(num_key_heads)
     group = num_heads // num_key_heads
     unit = group if num_key_heads >= parts else 1
     found: list[HeadShare] = []
@@ -94,6 +97,22 @@ def run_length(num_video: int, parts: int) -> int:
         parts: Number of ranks.
     """
     return -(-num_video // parts)
+
+
+def unpadded_runs(num_video: int, group: SequenceGroup) -> set[int]:
+    """Return how many tokens this rank would hold where padding was forgotten.
+
+    Args:
+        num_video: Tokens of the whole video.
+        group: The ranks.
+
+    Returns:
+        Its number as `Tensor.chunk` and as `Tensor.tensor_split` divide; empty where it needs no
+        padding.
+    """
+    run = run_length(num_video, group.size)
+    left = num_video - group.rank * run
+    return {count for count in (left, shares(num_video, group.size)[group.rank]) if 0 < count < run}
 
 
 def sequence_group(where: Any) -> SequenceGroup:

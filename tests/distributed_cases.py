@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import ring_error_cases
+import sharding_error_cases
 from messages import Case
 from process_groups import lone_group
 from torch import distributed
@@ -22,6 +23,7 @@ from compiled_sparse.sharding import SequenceGroup
 MODULES = (
     *("distributed/agreement", "distributed/cost_inputs", "distributed/meeting"),
     *ring_error_cases.MODULES,
+    *sharding_error_cases.MODULES,
 )
 
 WHAT = "the first call"
@@ -81,6 +83,7 @@ def meet_without_a_store() -> None:
 
 CASES = {
     **ring_error_cases.CASES,
+    **sharding_error_cases.CASES,
     "handshake with a rank that failed": Case(
         DistributedError,
         "rank 1 (global 1) failed before the first call",

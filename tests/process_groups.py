@@ -20,14 +20,17 @@ def as_seen_here(group: distributed.ProcessGroup | None = None) -> SequenceGroup
 
 
 @contextmanager
-def lone_group(size: int, store: distributed.Store | None = None) -> Iterator[list[SequenceGroup]]:
+def lone_group(
+    size: int, store: distributed.Store | None = None, rank: int = 0
+) -> Iterator[list[SequenceGroup]]:
     """Make a default process group without collectives, and yield it as each rank sees it.
 
     Args:
         size: Number of ranks.
         store: Where they meet; None for one in memory.
+        rank: Which of them this process is.
     """
-    distributed.init_process_group("fake", store=store or HashStore(), rank=0, world_size=size)
+    distributed.init_process_group("fake", store=store or HashStore(), rank=rank, world_size=size)
     try:
         name = as_seen_here().name
         yield [SequenceGroup(name, size, rank) for rank in range(size)]

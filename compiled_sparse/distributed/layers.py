@@ -6,6 +6,8 @@ of FastVideo: [batch, tokens, heads, head_dim] in and out, text replicated on al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -171,13 +173,15 @@ class DistributedAttention(nn.Module):
             The outputs of the video, like `q`, and of the text, or None.
 
         Raises:
-            ShapeError: if there are other than `rows` tokens.
+            ShapeError: if there are other than `rows` tokens, or text of which the three hold
+                unequally many.
             CompiledSparseError: whatever `compiled_sparse.attention` raises.
         """
-        self._check(q)
+        self._check({"q": q, "k": k, "v": v, "gate_compress": gate_compress})
         tensors = [q, k, v]
         text = 0
         if replicated is not None:
+            _check_text(replicated)
             text = replicated[0].shape[1]
             tensors = [torch.cat(pair, 1) for pair in zip(tensors, replicated, strict=True)]
         if gate_compress is not None:
@@ -209,16 +213,31 @@ class DistributedAttention(nn.Module):
         gathered: Tensor = ops.gather_heads(out, query, key.shape[1], *names, 0, text)
         return gathered.transpose(1, 2)
 
-    def _check(self, q: Tensor) -> None:
-        if q.dim() == 4 and q.shape[1] == self.rows:
-            return
-        raise ShapeError(
-            "this rank holds another number of the video's tokens",
-            got=f"q of shape {tuple(q.shape)}",
-            expected=f"[batch, {self.rows}, heads, head_dim]: grid {self.grid_thw} on "
-            f"{self.group.size} ranks",
-            next_step="pad the tokens at the end to a multiple of the ranks, then divide them",
-        )
+    def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is None or (tensor.dim() == 4 and tensor.shape[1] == self.rows):
+                continue
+            raise ShapeError(
+                "this rank holds another number of the video's tokens",
+                got=f"{name} of shape {tuple(tensor.shape)}",
+                expected=f"[batch, {self.rows}, heads, head_dim]: grid {self.grid_thw} on "
+                f"{self.group.size} ranks",
+                next_step="pad the tokens at the end to a multiple of the ranks, then divide them",
+            )
+
+
+def _check_text(replicated: Sequence[Tensor]) -> None:
+    shapes = [tuple(each.shape) for each in replicated]
+    lengths = [shape[1] for shape in shapes if len(shape) == 4]
+    # Compared, not hashed: a text length stays symbolic in traced code.
+    if len(shapes) == len(lengths) == 3 and lengths[0] == lengths[1] == lengths[2]:
+        return
+    raise ShapeError(
+        "the replicated tokens are not one text",
+        got=f"shapes {', '.join(map(str, shapes))}",
+        expected="queries, keys and values [batch, text tokens, heads, head_dim], equally many",
+        next_step="pass Replicated(q, k, v) of the same tokens, the same on all ranks",
+    )
 
 
 def _of_rank(

@@ -28,6 +28,7 @@ from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.passes.ulysses import replace_exchanges
 from compiled_sparse.sharding import SequenceGroup
 from compiled_sparse.sharding import run_length
+from compiled_sparse.sharding import unpadded_runs
 
 
 def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.GraphModule]:
@@ -47,7 +48,11 @@ def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.Graph
     edited = replace_exchanges(owner)
     if given is None or given.group is None or given.group.size == 1:
         return edited
-    sites, _ = find_sites(owner)
+    sites, others = find_sites(owner)
+    run = run_length(given.num_video_tokens, given.group.size)
+    for other in others:
+        if other.self_length is not None and other.self_length >= run:
+            raise _unproven(other.path, Refusal("other_attention", other.name))
     for site in sites:
         if site.exchange is None and _is_divided(site, given, given.group):
             put = _into_ring if given.group.is_ring else _divide
@@ -64,28 +69,35 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
             telling.
     """
     query = site.tensor("query")
-    if not isinstance(query, FakeTensor) or query.dim() != 4 or not site.is_self_length:
+    if not isinstance(query, FakeTensor) or not site.is_self_length:
         return False
-    rows = hint(query.shape[2])
+    rows = hint(query.shape[-2])
     text = given.text
     run = run_length(given.num_video_tokens, group.size)
     of_text = 0 if text is None else text.before + text.after
-    if rows < run:
-        return False
+    if rows < run and rows - of_text not in unpadded_runs(given.num_video_tokens, group):
+        return False  # of text
     refusal = refuse_other_tokens(site)
     if refusal is not None and refusal.reason in ("cross_attention", "not_video"):
         return False
     if rows != run + of_text:
         raise _misfit(site, given, group, rows, run)
+    refusal = _refuse_form(site) or refusal
     if refusal is not None:
-        raise _unproven(site, refusal)
+        raise _unproven(site.path, refusal)
     if group.is_ring:
         _check_ring(site, given, group)
-    if not _is_key_mask(site):
-        raise _unproven(site, Refusal("mask_unsupported", "a mask that differs between queries"))
-    if site.arguments["is_causal"]:
-        raise _unproven(site, Refusal("causal", "is_causal=True"))
     return True
+
+
+def _refuse_form(site: Site) -> Refusal | None:
+    """Refuse calls that no exchange can be put around."""
+    dimensions = site.tensor("query").dim()
+    if dimensions != 4:
+        return Refusal("rank_unsupported", f"queries of {dimensions} dimensions")
+    if not _is_key_mask(site):
+        return Refusal("mask_unsupported", "a mask that differs between queries or heads")
+    return Refusal("causal", "is_causal=True") if site.arguments["is_causal"] else None
 
 
 def _is_key_mask(site: Site) -> bool:
@@ -100,13 +112,13 @@ def _is_key_mask(site: Site) -> bool:
 def _misfit(
     site: Site, given: LayoutMetadata, group: SequenceGroup, rows: int, run: int
 ) -> DistributedError:
-    whole = given.num_video_tokens
-    is_whole = rows >= whole
-    advice = (
-        "divide the tokens before the model, or leave out mesh="
-        if is_whole
-        else "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
-    )
+    whole, text = given.num_video_tokens, given.text or Text()
+    if rows - text.before - text.after in unpadded_runs(whole, group):
+        advice = "pad the tokens at the end to a multiple of the ranks, then divide them"
+    elif rows >= whole:
+        advice = "divide the tokens before the model, or leave out mesh="
+    else:
+        advice = "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
     return DistributedError(
         f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has another number",
         got=f"{rows} tokens in the call, {given.text or 'no text'} given",
@@ -115,14 +127,14 @@ def _misfit(
     )
 
 
-def _unproven(site: Site, refusal: Refusal) -> DistributedError:
+def _unproven(path: str, refusal: Refusal) -> DistributedError:
     return DistributedError(
-        f"{site.path or 'a call'} attends to this rank's tokens only, and nothing can be put "
-        "around it",
+        f"{path or 'a call'} attends to this rank's tokens only, and nothing can be put around it",
         got=f"{refusal.reason}: {refusal.detail}",
-        expected="self-attention over one sequence, with a mask [batch, 1, 1, length] at most",
+        expected="scaled_dot_product_attention [batch, heads, length, head_dim] among the tokens "
+        "of one sequence, with a mask [batch, 1, 1, length] at most",
         next_step="leave out mesh= and divide the attention in the model, with "
-        "compiled_sparse.distributed.DistributedAttention",
+        "compiled_sparse.distributed.layers.DistributedAttention",
     )
 
 
@@ -145,10 +157,10 @@ def _divide(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
 def _check_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
     """Check that at least dense attention can go round."""
     if site.arguments["attn_mask"] is not None:
-        raise _unproven(site, Refusal("mask_unsupported", "a mask, in a ring"))
+        raise _unproven(site.path, Refusal("mask_unsupported", "a mask, in a ring"))
     refusal = _ring(given, group).refusal(Dense())
     if refusal is not None:
-        raise _unproven(site, Refusal("ring_unsupported", refusal))
+        raise _unproven(site.path, Refusal("ring_unsupported", refusal))
 
 
 def _into_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:

@@ -26,6 +26,7 @@ from compiled_sparse.passes.fx import module_path
 from compiled_sparse.passes.fx import nested_graphs
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.mask_analysis import masks_at
 from compiled_sparse.passes.mask_values import MaskValue
 from compiled_sparse.passes.provenance import Provenance
@@ -135,10 +136,17 @@ class Site:
 
 @dataclass(frozen=True)
 class OtherAttention:
-    """An attention call this package does not rewrite, such as `flex_attention`."""
+    """An attention call this package does not rewrite, such as `flex_attention`.
+
+    Args:
+        path: Dotted path of the module that made the call.
+        name: What it calls.
+        self_length: Number of queries where there are provably as many keys, else None.
+    """
 
     path: str
     name: str
+    self_length: int | None = None
 
 
 def find_sites(owner: fx.GraphModule) -> tuple[list[Site], list[OtherAttention]]:
@@ -176,7 +184,17 @@ def _collect(
     if is_sdpa(visit.node):
         sites.append(_site(visit, root))
     elif op_name(visit.node) in OTHER_ATTENTION:
-        others.append(OtherAttention(module_path(visit.node), op_name(visit.node)))
+        others.append(_other(visit.node))
+
+
+def _other(node: fx.Node) -> OtherAttention:
+    name = op_name(node)
+    query, key, *_ = (*node.args, *node.kwargs.values())
+    shapes = [shape_of(each) or () if isinstance(each, fx.Node) else () for each in (query, key)]
+    dim = 0 if name == "multi_head_attention_forward" else -2  # that has the sequence first
+    lengths = [shape[dim] for shape in shapes if len(shape) > 1]
+    is_self_length = len(lengths) == 2 and same(*lengths)
+    return OtherAttention(module_path(node), name, hint(lengths[0]) if is_self_length else None)
 
 
 def _unentered(owner: fx.GraphModule, entered: set[int]) -> list[fx.GraphModule]:
