@@ -87,6 +87,7 @@ def explained(
     text: cs.Text | None = None,
     grid: tuple[int, ...] = GRID,
     place: tuple[int, int] = (0, 2),
+    ring: bool = False,
 ) -> tuple[Decision, ...]:
     """Return what is decided about each call where tokens are divided; raise what stops that.
 
@@ -97,10 +98,13 @@ def explained(
         text: What `cs.metadata` is told about text.
         grid: Token grid of the whole video.
         place: This process's rank, and how many there are.
+        ring: Whether keys go round instead of heads being divided.
     """
     with lone_group(place[1], rank=place[0]):
         torch._dynamo.reset()
-        with cs.metadata(grid_thw=grid, text=text, mesh=distributed.group.WORLD):
+        name = "ring" if ring else "ulysses"
+        mesh = distributed.init_device_mesh("cpu", (place[1],), mesh_dim_names=(name,))
+        with cs.metadata(grid_thw=grid, text=text, mesh=mesh):
             try:
                 return cs.explain(model, *inputs, policy=policy).sites
             except BackendCompilerFailed as error:  # what Dynamo makes of it

@@ -32,6 +32,12 @@ def divide_along_two() -> None:
         )
 
 
+def ring_in_a_layer() -> None:
+    with lone_group(2):
+        mesh = distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+        DistributedAttention(STA, mesh, grid_thw=GRID)
+
+
 def attend_in_a_layer(config: MechanismConfig = STA, rows: int = RUN, text: int = 0) -> None:
     """Attend on the first of two ranks; keys of the text are one more than queries."""
     tokens, words, more = (torch.zeros(1, n, 2, 8) for n in (rows, text, text + 1))
@@ -42,20 +48,23 @@ def attend_in_a_layer(config: MechanismConfig = STA, rows: int = RUN, text: int 
 
 
 CAUSAL = Single(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+MASKED = Single(
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_ones(1, 1, 1, RUN) > 0)
+)
 FLASH = Single(lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)[0])
 
 UNPROVEN = (
     "attends to this rank's tokens only, and nothing can be put around it",
     "with a mask [batch, 1, 1, length] at most",
-    "compiled_sparse.distributed.layers.DistributedAttention",
+    "compiled_sparse.distributed.DistributedAttention",
 )
 
 CASES = {
     "mesh of a sequence": Case(
         DistributedError,
-        "the mesh has more than one dimension",
+        "the mesh divides the sequence along several dimensions",
         "dimensions ('ring', 'ulysses') of sizes (2, 2)",
-        "the one dimension that the sequence is divided along",
+        "one dimension longer than 1",
         'mesh["ulysses"]',
         divide_along_two,
     ),
@@ -74,6 +83,14 @@ CASES = {
         "depends on that head alone",
         'moba_threshold_type="query_head" or "head_global"',
         lambda: attend_in_a_layer(moba_over_heads("overall")),
+    ),
+    "ring of a layer": Case(
+        DistributedError,
+        "this layer divides heads",
+        'a mesh with a dimension called "ring"',
+        "among which heads are divided",
+        "compiled_sparse.distributed.ring_attention",
+        ring_in_a_layer,
     ),
     "rows of a layer": Case(
         ShapeError,
@@ -105,6 +122,20 @@ CASES = {
         "causal: is_causal=True",
         *UNPROVEN[1:],
         lambda: explained(CAUSAL, sequence()),
+    ),
+    "mask of a ring": Case(
+        DistributedError,
+        UNPROVEN[0],
+        "mask_unsupported: a mask, in a ring",
+        *UNPROVEN[1:],
+        lambda: explained(MASKED, sequence(), ring=True),
+    ),
+    "run of a ring": Case(
+        DistributedError,
+        UNPROVEN[0],
+        "ring_unsupported: dense on grid (3, 5, 5): 75 tokens in tiles of 1 on 2 ranks",
+        *UNPROVEN[1:],
+        lambda: explained(Single(), sequence(38), grid=(3, 5, 5), ring=True),
     ),
     "kernel of a divided call": Case(
         DistributedError,

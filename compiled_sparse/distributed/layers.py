@@ -123,7 +123,7 @@ class DistributedAttention(nn.Module):
                 "this layer divides heads",
                 got='a mesh with a dimension called "ring"',
                 expected="a mesh or group among which heads are divided",
-                next_step="call compiled_sparse.distributed.ring.ring_attention",
+                next_step="call compiled_sparse.distributed.ring_attention",
             )
         if self.group.size > 1 and not config.has_separate_heads:
             raise DistributedError(

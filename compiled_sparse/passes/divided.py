@@ -134,7 +134,7 @@ def _unproven(path: str, refusal: Refusal) -> DistributedError:
         expected="scaled_dot_product_attention [batch, heads, length, head_dim] among the tokens "
         "of one sequence, with a mask [batch, 1, 1, length] at most",
         next_step="leave out mesh= and divide the attention in the model, with "
-        "compiled_sparse.distributed.layers.DistributedAttention",
+        "compiled_sparse.distributed.DistributedAttention",
     )
 
 

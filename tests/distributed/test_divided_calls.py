@@ -31,8 +31,7 @@ BOTH = cs.Text(before=3, after=4)
 CALLS = 2
 """Attention calls of the model."""
 
-FEW = [
-    Case(policy=STA, text=TEXT),
+HARD = [
     Case(policy=GATED, heads=3, attach=True, grid=(5, 7, 3), text=BOTH),
 ]
 CASES = [
@@ -88,7 +87,7 @@ def _check_counts(size: int, case: Case, found: dict[str, Any]) -> None:
 
 
 def test_two_processes_compute_what_one_does() -> None:
-    _check(2, FEW)
+    _check(2, HARD)
 
 
 @pytest.mark.slow

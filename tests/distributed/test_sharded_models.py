@@ -154,6 +154,7 @@ def _refused(model: nn.Module, **arguments: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_gates_are_not_added_to_a_model_that_is_spread_but_kept_and_removed() -> None:
     for found in values(2, _attach_afterwards):
         root, block, ddp = found["messages"]
@@ -176,6 +177,7 @@ def _made_without_memory() -> Tensor:
     return output(model)
 
 
+@pytest.mark.slow
 def test_a_model_made_on_the_meta_device_brings_its_gates_along() -> None:
     expected = output(attached()[0])
     for found in values(2, _made_without_memory):
