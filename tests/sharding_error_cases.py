@@ -123,14 +123,14 @@ CASES = {
         *UNPROVEN[1:],
         lambda: explained(CAUSAL, sequence()),
     ),
-    "mask of a ring": Case(
+    "mask of a call in a ring": Case(
         DistributedError,
         UNPROVEN[0],
         "mask_unsupported: a mask, in a ring",
         *UNPROVEN[1:],
         lambda: explained(MASKED, sequence(), ring=True),
     ),
-    "run of a ring": Case(
+    "run of a call in a ring": Case(
         DistributedError,
         UNPROVEN[0],
         "ring_unsupported: dense on grid (3, 5, 5): 75 tokens in tiles of 1 on 2 ranks",
