@@ -18,6 +18,7 @@ from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.mask_nodes import COPIED_META
 from compiled_sparse.sharding import HeadShare
 from compiled_sparse.sharding import SequenceGroup
@@ -108,6 +109,20 @@ def exchanges_in(owner: fx.GraphModule) -> dict[SequenceGroup, list[str]]:
 
 def _number(size: Any) -> int:
     return hint(example_value(size) if isinstance(size, fx.Node) else size)
+
+
+def can_travel_together(query: fx.Node, key: fx.Node, value: fx.Node) -> bool:
+    """Whether an exchange takes these: of one batch and head size, values with the keys' heads.
+
+    Args:
+        query: Queries of four dimensions, the last one the head size, the first one the batch.
+        key: Keys.
+        value: Values.
+    """
+    shapes = [example_value(each).shape for each in (query, key, value)]
+    of_query, of_key, of_value = shapes
+    are_alike = all(same(each[dim], of_query[dim]) for each in shapes for dim in (0, 3))
+    return are_alike and all(map(same, of_key, of_value))
 
 
 def put_around(
