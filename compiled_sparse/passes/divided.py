@@ -13,12 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.passes.exchanges import can_travel_together
 from compiled_sparse.passes.exchanges import put_around
+from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import module_path
+from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
+from compiled_sparse.passes.fx import shape_of
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import refuse_other_tokens
+from compiled_sparse.passes.local_tokens import begins_at
+from compiled_sparse.passes.local_tokens import is_of_split_tokens
+from compiled_sparse.passes.local_tokens import shares_tokens
+from compiled_sparse.passes.sites import OTHER_ATTENTION
 from compiled_sparse.passes.sites import Site
 from compiled_sparse.passes.sites import find_sites
 from compiled_sparse.passes.ulysses import replace_exchanges
@@ -44,6 +53,7 @@ def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.Graph
     if given is None or given.group is None or given.group.size == 1:
         return edited
     sites, _ = find_sites(owner)
+    _refuse_others(owner, given, given.group)
     for site in sites:
         if site.exchange is None and _is_divided(site, given, given.group):
             _divide(site, given, given.group)
@@ -58,27 +68,61 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         DistributedError: if it does in a form that no exchange can be put around, or there is no
             telling.
     """
-    query = site.tensor("query")
-    if not isinstance(query, FakeTensor) or query.dim() != 4 or not site.is_self_length:
-        return False
-    rows = hint(query.shape[2])
-    text = given.text
-    run = run_length(given.num_video_tokens, group.size)
-    of_text = 0 if text is None else text.before + text.after
-    if rows < run:
+    rows, keys = (hint(site.tensor(name).shape[-2]) for name in ("query", "key"))
+    run, length = _local_lengths(given, group)
+    if not site.is_self_length and shares_tokens(site, (run, length)):
+        raise _unproven(site.path, Refusal("cross_attention", f"{keys} keys, {rows} queries"))
+    if site.is_self_length and rows < run and is_of_split_tokens(site, run):
+        raise _unproven(site.path, Refusal("partial_grid", f"{rows} of {run} tokens at a time"))
+    if not site.is_self_length or rows < run:
         return False
     refusal = refuse_other_tokens(site)
-    if refusal is not None and refusal.reason in ("cross_attention", "not_video"):
+    reason = None if refusal is None else refusal.reason
+    if reason == "cross_attention" or (reason == "not_video" and rows != length):
         return False
-    if rows != run + of_text:
+    before = 0 if given.text is None else given.text.before
+    if rows != length or not begins_at(site.query_track, run, before):
         raise _misfit(site, given, group, rows, run)
-    if refusal is not None:
-        raise _unproven(site, refusal)
-    if not _is_key_mask(site):
-        raise _unproven(site, Refusal("mask_unsupported", "a mask that differs between queries"))
-    if site.arguments["is_causal"]:
-        raise _unproven(site, Refusal("causal", "is_causal=True"))
+    obstacle = refusal or _obstacle(site)
+    if obstacle is not None:
+        raise _unproven(site.path, obstacle)
     return True
+
+
+def _obstacle(site: Site) -> Refusal | None:
+    """Return why no exchange can be put around a call, if none can."""
+    tensors = [site.tensor(name) for name in ("query", "key", "value")]
+    shapes = ", ".join(str(tuple(map(hint, each.shape))) for each in tensors)
+    if not isinstance(tensors[0], FakeTensor) or tensors[0].dim() != 4:
+        return Refusal("rank_unsupported", f"shapes {shapes}")
+    if not can_travel_together(*(site.arguments[name] for name in ("query", "key", "value"))):
+        return Refusal("head_dim_unsupported", f"shapes {shapes}")
+    if not _is_key_mask(site):
+        return Refusal("mask_unsupported", "a mask that differs between queries")
+    return Refusal("causal", "is_causal=True") if site.arguments["is_causal"] else None
+
+
+def _local_lengths(given: LayoutMetadata, group: SequenceGroup) -> tuple[int, int]:
+    """This rank's tokens of the video, and of a sequence with its text."""
+    run, text = run_length(given.num_video_tokens, group.size), given.text
+    return run, run if text is None else text.before + run + text.after
+
+
+def _refuse_others(owner: fx.GraphModule, given: LayoutMetadata, group: SequenceGroup) -> None:
+    """Refuse attention calls of other kinds over this rank's tokens: nothing is put around them.
+
+    Raises:
+        DistributedError: if there is one.
+    """
+    _, length = _local_lengths(given, group)
+    for module in (owner, *all_nested(owner)):
+        for node in module.graph.nodes:
+            if node.op != "call_function" or op_name(node) not in OTHER_ATTENTION:
+                continue
+            shapes = [shape_of(each) or () for each in node.all_input_nodes]
+            if any(same(size, length) for shape in shapes for size in shape[:-1]):
+                path = module_path(node)
+                raise _unproven(path, Refusal("other_attention", op_name(node)))
 
 
 def _is_key_mask(site: Site) -> bool:
@@ -94,24 +138,23 @@ def _misfit(
     site: Site, given: LayoutMetadata, group: SequenceGroup, rows: int, run: int
 ) -> DistributedError:
     whole = given.num_video_tokens
-    is_whole = rows >= whole
     advice = (
         "divide the tokens before the model, or leave out mesh="
-        if is_whole
-        else "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
+        if rows >= whole
+        else "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has, and where"
     )
+    parts = " + ".join(str(hint(part.size)) for part in site.query_track)
     return DistributedError(
-        f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has another number",
-        got=f"{rows} tokens in the call, {given.text or 'no text'} given",
+        f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has others",
+        got=f"{parts} tokens in the call, {given.text or 'no text'} given",
         expected=f"{run} tokens of the video ({whole} on {group.size} ranks), and the text's",
         next_step=advice,
     )
 
 
-def _unproven(site: Site, refusal: Refusal) -> DistributedError:
+def _unproven(path: str, refusal: Refusal) -> DistributedError:
     return DistributedError(
-        f"{site.path or 'a call'} attends to this rank's tokens only, and nothing can be put "
-        "around it",
+        f"{path or 'a call'} attends to this rank's tokens only, and nothing can be put around it",
         got=f"{refusal.reason}: {refusal.detail}",
         expected="self-attention over one sequence, with a mask [batch, 1, 1, length] at most",
         next_step="leave out mesh= and divide the attention in the model, with "
