@@ -7,6 +7,8 @@ brings its own Ulysses exchanges, which are recognised (`compiled_sparse.passes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -76,7 +78,8 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         raise _unproven(site.path, Refusal("partial_grid", f"{rows} of {run} tokens at a time"))
     if not site.is_self_length or rows < run:
         return False
-    refusal = refuse_other_tokens(site)
+    # An exchange moves rows: which members of the batch attend to which is as the model has it.
+    refusal = refuse_other_tokens(replace(site, has_one_batch=True))
     reason = None if refusal is None else refusal.reason
     if reason == "cross_attention" or (reason == "not_video" and rows != length):
         return False

@@ -202,3 +202,10 @@ def test_calls_of_other_tokens_are_left_alone() -> None:
     assert _explained(with_prompt, (X, TEXT)) == ["layout_unknown", "sparse", "cross_attention"]
     front = cs.Text(before=10)
     assert _explained(_behind_text, (X, TEXT), front) == ["sparse"]
+
+
+def test_text_and_video_whose_batches_are_not_known_to_be_one_are_exchanged_and_dense() -> None:
+    def joint(x: Tensor, text: Tensor) -> Tensor:
+        return _attend(*(torch.cat([x * i, text * i], 1) for i in (1, 2, 3)))
+
+    assert _explained(joint, (X, TEXT), AFTER) == ["layout_unknown"]
