@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from process_groups import lone_group
+from processes import run_processes
 from processes import values
 from torch import Tensor
 from torch import distributed
@@ -17,6 +18,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_sparse as cs
+from compiled_sparse import backend
 
 STA = cs.STA(window_thw=(3, 3, 3), tile_thw=(2, 2, 2))
 HEADS = 4
@@ -209,3 +211,29 @@ def test_text_and_video_whose_batches_are_not_known_to_be_one_are_exchanged_and_
         return _attend(*(torch.cat([x * i, text * i], 1) for i in (1, 2, 3)))
 
     assert _explained(joint, (X, TEXT), AFTER) == ["layout_unknown"]
+
+
+# A variant that is compiled later.
+
+
+def _fails_to_compile_on_one_rank() -> str:
+    x = torch.randn(2, RUN, 64)
+    options = {"policy": STA, "inner": "eager"}
+    compiled: Any = torch.compile(_self, backend="compiled_sparse", options=options)
+    with cs.metadata(grid_thw=GRID, mesh=distributed.group.WORLD):
+        compiled(x)
+        if distributed.get_rank() == 1:
+            backend._compile = _no_compiler  # type: ignore[assignment]
+        with cs.force("dense"), pytest.raises(Exception, match="no compiler") as caught:
+            compiled(x)
+    return str(caught.value)
+
+
+def _no_compiler(*_: Any) -> Any:
+    raise RuntimeError("no compiler")
+
+
+def test_the_others_hear_of_a_variant_that_one_rank_cannot_compile() -> None:
+    first, second = run_processes(2, _fails_to_compile_on_one_rank, collective_s=20)
+    assert "failed before the first run" in first.value
+    assert "no compiler" in second.value
