@@ -54,11 +54,13 @@ def _whole(
 
 def _joined_runs(video: Track, size: int, rank: int, num_video: Any) -> Part | None:
     (part, *more) = video
+    run = track_size(video)
+    is_own = part.cut == (rank * run, (rank + 1) * run)
+    is_all = same(Part(part.atoms).size, num_video) and same(size * run, num_video)
     if has_video(video):
-        run = track_size(video)
-        is_own = part.cut == (rank * run, (rank + 1) * run)
-        is_all = same(Part(part.atoms).size, num_video) and same(size * run, num_video)
         return Part(part.atoms) if not more and is_own and is_all else None
+    if part.cut is not None and is_all and not is_own:
+        return None  # another rank's run: the whole is not in the order of ranks
     names = frozenset(("gathered", origin) for each in video for origin in fused(each).origins)
     return Part((Stream(names, num_video),)) if len(video) == 1 and names else None
 

@@ -213,6 +213,14 @@ def test_text_and_video_whose_batches_are_not_known_to_be_one_are_exchanged_and_
     assert _explained(joint, (X, TEXT), AFTER) == ["layout_unknown"]
 
 
+@pytest.mark.parametrize(("place", "decision"), [(0, "sparse"), (1, "layout_unknown")])
+def test_tokens_that_another_rank_should_hold_are_in_no_known_order(
+    place: int, decision: str
+) -> None:
+    whole = torch.randn(2, 2 * RUN, 64)
+    assert _explained(lambda x: _self(x.chunk(2, 1)[place]), (whole,)) == [decision]
+
+
 # A variant that is compiled later.
 
 
