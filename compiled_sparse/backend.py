@@ -240,14 +240,18 @@ class _Dispatcher:
         with self._lock:
             if key not in self._variants:
                 settings = self._settings
-
-                def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-                    return _compile(graph, list(inputs), settings)
-
                 with abandoning(_groups_of(key)):
                     rewritten = self._rewrite(key)
+                joints = rewritten.joints
+
+                # The others wait in a handshake while this one compiles, not in a collective.
+                def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+                    with abandoning([joint.group for joint in joints]):
+                        compiled = _compile(graph, list(inputs), settings)
+                    return together(compiled, joints)
+
                 compiled = torch.compile(rewritten.graph, backend=inner)
-                self._variants[key] = rewritten.runnable(compiled)
+                self._variants[key] = _with_inputs(compiled, rewritten.extra)
             return self._variants[key]
 
     def checked(self, key: VariantKey) -> tuple[Compiled, tuple[str, ...]]:

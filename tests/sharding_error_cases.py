@@ -47,6 +47,18 @@ def attend_in_a_layer(config: MechanismConfig = STA, rows: int = RUN, text: int 
         layer(tokens, tokens, tokens, replicated=replicated)
 
 
+def with_text_as_keys(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Queries of the video alone, keys of the text, too."""
+    query, keys = x[:, None], torch.cat([x, text], 1)[:, None]
+    return F.scaled_dot_product_attention(query, keys, keys)
+
+
+def frame_by_frame(x: torch.Tensor) -> torch.Tensor:
+    """Attend in each of two frames."""
+    frames = x.unflatten(1, (2, -1))
+    return F.scaled_dot_product_attention(frames, frames, frames)
+
+
 CAUSAL = Single(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 MASKED = Single(
     lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_ones(1, 1, 1, RUN) > 0)
@@ -110,11 +122,25 @@ CASES = {
     ),
     "tokens of a divided call": Case(
         DistributedError,
-        "tokens are divided, and a call has another number",
+        "tokens are divided, and a call has others",
         "67 tokens in the call, no text given",
         "60 tokens of the video (120 on 2 ranks), and the text's",
         "say in cs.metadata(text=cs.Text(...))",
         lambda: explained(Single(), sequence(67)),
+    ),
+    "keys of a divided call": Case(
+        DistributedError,
+        UNPROVEN[0],
+        "cross_attention: 67 keys, 60 queries",
+        *UNPROVEN[1:],
+        lambda: explained(with_text_as_keys, sequence(), sequence(7)),
+    ),
+    "frames of a divided call": Case(
+        DistributedError,
+        UNPROVEN[0],
+        "partial_grid: 30 of 60 tokens at a time",
+        *UNPROVEN[1:],
+        lambda: explained(frame_by_frame, sequence()),
     ),
     "form of a divided call": Case(
         DistributedError,

@@ -7,6 +7,8 @@ brings its own Ulysses exchanges, which are recognised (`compiled_sparse.passes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,12 +17,16 @@ from compiled_sparse.config import Dense
 from compiled_sparse.errors import DistributedError
 from compiled_sparse.layout import Text
 from compiled_sparse.metadata import LayoutMetadata
+from compiled_sparse.passes.exchanges import can_travel_together
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import call
 from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.layouts import Refusal
 from compiled_sparse.passes.layouts import refuse_other_tokens
+from compiled_sparse.passes.local_tokens import begins_at
+from compiled_sparse.passes.local_tokens import is_of_split_tokens
+from compiled_sparse.passes.local_tokens import shares_tokens
 from compiled_sparse.passes.rings import Ring
 from compiled_sparse.passes.rings import pretend
 from compiled_sparse.passes.sites import Site
@@ -68,36 +74,49 @@ def _is_divided(site: Site, given: LayoutMetadata, group: SequenceGroup) -> bool
         DistributedError: if it does in a form that no exchange can be put around, or there is no
             telling.
     """
-    query = site.tensor("query")
-    if not isinstance(query, FakeTensor) or not site.is_self_length:
+    rows, keys = (hint(site.tensor(name).shape[-2]) for name in ("query", "key"))
+    run, length = _local_lengths(given, group)
+    if not site.is_self_length and shares_tokens(site, (run, length)):
+        raise _unproven(site.path, Refusal("cross_attention", f"{keys} keys, {rows} queries"))
+    if not site.is_self_length:
         return False
-    rows = hint(query.shape[-2])
-    text = given.text
-    run = run_length(given.num_video_tokens, group.size)
-    of_text = 0 if text is None else text.before + text.after
-    if rows < run and rows - of_text not in unpadded_runs(given.num_video_tokens, group):
+    if rows < run and is_of_split_tokens(site, run):
+        raise _unproven(site.path, Refusal("partial_grid", f"{rows} of {run} tokens at a time"))
+    if rows < run and rows - (length - run) not in unpadded_runs(given.num_video_tokens, group):
         return False  # of text
-    refusal = refuse_other_tokens(site)
-    if refusal is not None and refusal.reason in ("cross_attention", "not_video"):
+    # An exchange moves rows: which members of the batch attend to which is as the model has it.
+    refusal = refuse_other_tokens(replace(site, has_one_batch=True))
+    reason = None if refusal is None else refusal.reason
+    if reason == "cross_attention" or (reason == "not_video" and rows != length):
         return False
-    if rows != run + of_text:
+    before = 0 if given.text is None else given.text.before
+    if rows != length or not begins_at(site.query_track, run, before):
         raise _misfit(site, given, group, rows, run)
-    refusal = _refuse_form(site) or refusal
-    if refusal is not None:
-        raise _unproven(site.path, refusal)
+    obstacle = _obstacle(site) or refusal
+    if obstacle is not None:
+        raise _unproven(site.path, obstacle)
     if group.is_ring:
         _check_ring(site, given, group)
     return True
 
 
-def _refuse_form(site: Site) -> Refusal | None:
-    """Refuse calls that no exchange can be put around."""
-    dimensions = site.tensor("query").dim()
-    if dimensions != 4:
-        return Refusal("rank_unsupported", f"queries of {dimensions} dimensions")
+def _obstacle(site: Site) -> Refusal | None:
+    """Return why no exchange can be put around a call, if none can."""
+    tensors = [site.tensor(name) for name in ("query", "key", "value")]
+    shapes = ", ".join(str(tuple(map(hint, each.shape))) for each in tensors)
+    if not isinstance(tensors[0], FakeTensor) or tensors[0].dim() != 4:
+        return Refusal("rank_unsupported", f"shapes {shapes}")
+    if not can_travel_together(*(site.arguments[name] for name in ("query", "key", "value"))):
+        return Refusal("head_dim_unsupported", f"shapes {shapes}")
     if not _is_key_mask(site):
-        return Refusal("mask_unsupported", "a mask that differs between queries or heads")
+        return Refusal("mask_unsupported", "a mask that differs between queries")
     return Refusal("causal", "is_causal=True") if site.arguments["is_causal"] else None
+
+
+def _local_lengths(given: LayoutMetadata, group: SequenceGroup) -> tuple[int, int]:
+    """This rank's tokens of the video, and of a sequence with its text."""
+    run, text = run_length(given.num_video_tokens, group.size), given.text
+    return run, run if text is None else text.before + run + text.after
 
 
 def _is_key_mask(site: Site) -> bool:
@@ -118,10 +137,13 @@ def _misfit(
     elif rows >= whole:
         advice = "divide the tokens before the model, or leave out mesh="
     else:
-        advice = "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has"
+        advice = (
+            "say in cs.metadata(text=cs.Text(...)) how many text tokens each rank has, and where"
+        )
+    parts = " + ".join(str(hint(part.size)) for part in site.query_track)
     return DistributedError(
-        f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has another number",
-        got=f"{rows} tokens in the call, {given.text or 'no text'} given",
+        f"cs.metadata says that tokens are divided, and {site.path or 'a call'} has others",
+        got=f"{parts} tokens in the call, {given.text or 'no text'} given",
         expected=f"{run} tokens of the video ({whole} on {group.size} ranks), and the text's",
         next_step=advice,
     )
@@ -149,7 +171,8 @@ def _divide(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
             numbers = (group.name, group.size, given.num_video_tokens, *around)
             whole = call(torch.ops.compiled_sparse.gather_mask.default, mask, *numbers)
         site.node.replace_input_with(mask, whole)
-    out = put_around(site.node, (query, key, value), group, given.num_video_tokens, around)
+    local = (query, key, value)
+    out = put_around(site.node, local, group, given.num_video_tokens, around, grid=given.grid_thw)
     for user in users:
         user.replace_input_with(site.node, out)
 

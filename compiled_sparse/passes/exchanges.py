@@ -18,6 +18,7 @@ from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.fx import hint
+from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.mask_nodes import COPIED_META
 from compiled_sparse.passes.rings import rings_in
 from compiled_sparse.sharding import HeadShare
@@ -26,6 +27,8 @@ from compiled_sparse.sharding import head_shares
 
 _OPS = torch.ops.compiled_sparse
 _SCATTER = _OPS.scatter_heads.default
+GRID = "compiled_sparse_grid"
+"""Key of a node's meta: token grid of the whole video, where the caller said so."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,28 @@ def _number(size: Any) -> int:
     return hint(example_value(size) if isinstance(size, fx.Node) else size)
 
 
+def can_travel_together(query: fx.Node, key: fx.Node, value: fx.Node) -> bool:
+    """Whether an exchange takes these: of one batch and head size, values with the keys' heads.
+
+    Args:
+        query: Queries of four dimensions, the last one the head size, the first one the batch.
+        key: Keys.
+        value: Values.
+    """
+    shapes = [example_value(each).shape for each in (query, key, value)]
+    of_query, of_key, of_value = shapes
+    are_alike = all(same(each[dim], of_query[dim]) for each in shapes for dim in (0, 3))
+    return are_alike and all(map(same, of_key, of_value))
+
+
 def put_around(
     call: fx.Node,
     local: tuple[fx.Node, fx.Node, fx.Node],
     group: SequenceGroup,
     num_video: int | fx.Node,
     text: tuple[int, int] = (0, 0),
+    *,
+    grid: tuple[int, ...] | None = None,
 ) -> fx.Node:
     """Put exchanges around a call of `scaled_dot_product_attention`.
 
@@ -128,6 +147,7 @@ def put_around(
         group: The processes.
         num_video: Tokens of the whole video, as a node where it is symbolic.
         text: Rows of text in front of the video's and behind them.
+        grid: Token grid of the whole video, where the caller said so.
 
     Returns:
         [batch, query heads, rows, head_dim], the output for this rank's tokens, put behind the call
@@ -137,6 +157,7 @@ def put_around(
     with call.graph.inserting_before(call):
         scatter = call.graph.call_function(_SCATTER, (list(local), *processes, num_video, *text))
     _describe(call, scatter, local[0])
+    scatter.meta[GRID] = grid
     items = [_item(scatter, i) for i in range(3)]
     _replace_inputs(call, items)
     key_heads = hint(example_value(local[1]).shape[1])

@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compiled_sparse.passes.exchanges import can_travel_together
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import all_nested
 from compiled_sparse.passes.fx import call
@@ -30,6 +31,7 @@ from compiled_sparse.passes.fx import inputs_of
 from compiled_sparse.passes.fx import op_name
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.fx import shape_of
+from compiled_sparse.passes.fx import storage_of
 from compiled_sparse.passes.fx import walk
 from compiled_sparse.passes.provenance_rules import operand_of
 from compiled_sparse.passes.provenance_shapes import permutation_of
@@ -41,6 +43,9 @@ from compiled_sparse.passes.tracks import Stream
 from compiled_sparse.passes.tracks import Track
 from compiled_sparse.passes.tracks import Tracks
 from compiled_sparse.passes.tracks import part_of
+from compiled_sparse.passes.writes import reached_by_writes
+from compiled_sparse.passes.writes import shared_at_run_time
+from compiled_sparse.passes.writes import writes
 from compiled_sparse.sharding import SequenceGroup
 
 _PERMUTED = frozenset({"permute", "transpose", "swapaxes", "swapdims"})
@@ -85,13 +90,13 @@ def replace_exchanges(owner: fx.GraphModule) -> list[fx.GraphModule]:
     """
     edited = []
     for module in (owner, *all_nested(owner)):
-        replaced = [_replace(node) for node in list(module.graph.nodes) if is_sdpa(node)]
+        replaced = [_replace(node, module) for node in list(module.graph.nodes) if is_sdpa(node)]
         if any(replaced):
             edited.append(module)
     return edited
 
 
-def _replace(node: fx.Node) -> bool:
+def _replace(node: fx.Node, owner: fx.GraphModule) -> bool:
     arguments = arguments_of(node)
     if not isinstance(example_value(node), FakeTensor):
         return False  # inside a function transform
@@ -106,6 +111,10 @@ def _replace(node: fx.Node) -> bool:
     lengths = [(shape_of(arguments[name]) or ())[2:3] for name in ("key", "value")]
     is_lasting = any(map(_stays, (*ways_in, way_back)))
     if group is None or is_lasting or any(length != query[2:3] for length in lengths):
+        return False
+    if not can_travel_together(*(path.nodes[0] for path in ways_in)):
+        return False
+    if any(_is_written(path, node, owner) for path in ways_in):
         return False
     with node.graph.inserting_before(node):
         first, second, third = (_with_heads_first(path) for path in ways_in)
@@ -127,6 +136,19 @@ def _stays(path: _Path) -> bool:
     """Whether an exchange would go on, as something else reads what comes of it."""
     exchange = next(i for i, node in enumerate(path.nodes) if _is_op(node, _EXCHANGE))
     return any(len(node.users) > 1 for node in path.nodes[exchange:-1])
+
+
+def _is_written(path: _Path, call: fx.Node, owner: fx.GraphModule) -> bool:
+    """Whether memory on the way to a call is written to: the call would read it too late."""
+    between = [path.nodes[0].next]
+    while between[-1] is not call:
+        between.append(between[-1].next)
+    writers = [each for each in between[:-1] if writes(each, owner)]
+    if not writers:
+        return False
+    memory = {storage for node in path.nodes for storage in storage_of(node)}
+    reached = reached_by_writes(memory, shared_at_run_time(owner))
+    return any(reached & storage_of(given) for each in writers for given in each.all_input_nodes)
 
 
 def _group_of(path: _Path) -> SequenceGroup | None:
@@ -283,7 +305,9 @@ def _leads_to(
     size: int,
     wanted: Sequence[tuple[Atom, ...]],
 ) -> bool:
-    """Whether the steps turn dimensions of these atoms into dimensions of those."""
+    """Whether the steps, one exchange among them, turn dimensions of these atoms into those."""
+    if sum(_is_op(node, _EXCHANGE) for node in nodes) != 1:
+        return False
     tracks: Tracks | None = tuple((part_of(atoms),) for atoms in start)
     for before, node in pairwise(nodes):
         tracks = None if tracks is None else _step(node, before, tracks, size)

@@ -16,6 +16,8 @@ from dividing import explained
 from dividing import moba_over_heads
 from dividing import sequence
 from dividing import with_keys_gathered
+from modules import TinyDiT
+from modules import dit_inputs
 from process_groups import lone_group
 from torch import Tensor
 from torch import distributed
@@ -195,3 +197,17 @@ def test_keys_gathered_from_other_ranks_are_left_alone() -> None:
     (found,) = explained(Single(with_keys_gathered), sequence())
     assert found.reason == "keys_gathered"
     assert found.query_shape == (1, 2, RUN, 8)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("grid", "reason"),
+    [((6, 4, 5), ""), ((3, 8, 5), "layout_unknown"), ((3, 4, 10), "layout_unknown")],
+)
+def test_a_model_of_some_frames_is_one_ranks_run_and_one_of_some_rows_is_not(
+    rank: int, grid: tuple[int, ...], reason: str
+) -> None:
+    model, inputs = TinyDiT(1), dit_inputs()  # patches are embedded in the graph: 3 x 4 x 5
+    call, cross = explained(model, *inputs, grid=grid, place=(rank, 2))
+    assert (call.reason, cross.reason) == (reason, "cross_attention")
+    assert call.grid_thw == (None if reason else grid)
