@@ -63,6 +63,7 @@ CAUSAL = Single(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causa
 MASKED = Single(
     lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_ones(1, 1, 1, RUN) > 0)
 )
+DROPPING = Single(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.5))
 FLASH = Single(lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)[0])
 
 UNPROVEN = (
@@ -155,6 +156,13 @@ CASES = {
         "mask_unsupported: a mask, in a ring",
         *UNPROVEN[1:],
         lambda: explained(MASKED, sequence(), ring=True),
+    ),
+    "dropout of a call in a ring": Case(
+        DistributedError,
+        UNPROVEN[0],
+        "dropout: dropout, in a ring",
+        *UNPROVEN[1:],
+        lambda: explained(DROPPING, sequence(), ring=True),
     ),
     "run of a call in a ring": Case(
         DistributedError,

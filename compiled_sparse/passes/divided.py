@@ -181,6 +181,8 @@ def _check_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None
     """Check that at least dense attention can go round."""
     if site.arguments["attn_mask"] is not None:
         raise _unproven(site.path, Refusal("mask_unsupported", "a mask, in a ring"))
+    if site.arguments["dropout_p"] != 0.0:
+        raise _unproven(site.path, Refusal("dropout", "dropout, in a ring"))
     refusal = _ring(given, group).refusal(Dense())
     if refusal is not None:
         raise _unproven(site.path, Refusal("ring_unsupported", refusal))

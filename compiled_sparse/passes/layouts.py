@@ -30,7 +30,7 @@ from compiled_sparse.passes.tracks import atoms_of
 from compiled_sparse.passes.tracks import has_video
 from compiled_sparse.passes.tracks import named_atoms
 from compiled_sparse.passes.tracks import track_size
-from compiled_sparse.passes.ulysses import gathers_from_ranks
+from compiled_sparse.passes.ulysses_paths import gathers_from_ranks
 
 MAX_AXES = 3
 
