@@ -59,10 +59,13 @@ def divide(owner: fx.GraphModule, given: LayoutMetadata | None) -> list[fx.Graph
     for other in others:
         if other.self_length is not None and other.self_length >= run:
             raise _unproven(other.path, Refusal("other_attention", other.name))
+    masks: dict[fx.Node, fx.Node] = {}
     for site in sites:
         if site.exchange is None and _is_divided(site, given, given.group):
-            put = _into_ring if given.group.is_ring else _divide
-            put(site, given, given.group)
+            if given.group.is_ring:
+                pretend(site.node, _ring(given, given.group))
+            else:
+                _divide(site, given, given.group, masks)
             edited.append(site.owner)
     return edited
 
@@ -160,17 +163,22 @@ def _unproven(path: str, refusal: Refusal) -> DistributedError:
     )
 
 
-def _divide(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
+def _divide(
+    site: Site, given: LayoutMetadata, group: SequenceGroup, masks: dict[fx.Node, fx.Node]
+) -> None:
+    """Put exchanges around a call; `masks` has what was gathered for those before it."""
     query, key, value = (site.arguments[name] for name in ("query", "key", "value"))
     text = given.text
     around = (0, 0) if text is None else (text.before, text.after)
     users = list(site.node.users)
     mask = site.arguments["attn_mask"]
     if mask is not None:
-        with site.node.graph.inserting_before(site.node):
-            numbers = (group.name, group.size, given.num_video_tokens, *around)
-            whole = call(torch.ops.compiled_sparse.gather_mask.default, mask, *numbers)
-        site.node.replace_input_with(mask, whole)
+        if mask not in masks:
+            with site.node.graph.inserting_before(site.node):
+                numbers = (group.name, group.size, given.num_video_tokens, *around)
+                gather = torch.ops.compiled_sparse.gather_mask.default
+                masks[mask] = call(gather, mask, *numbers)
+        site.node.replace_input_with(mask, masks[mask])
     local = (query, key, value)
     out = put_around(site.node, local, group, given.num_video_tokens, around, grid=given.grid_thw)
     for user in users:
@@ -186,10 +194,6 @@ def _check_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None
     refusal = _ring(given, group).refusal(Dense())
     if refusal is not None:
         raise _unproven(site.path, Refusal("ring_unsupported", refusal))
-
-
-def _into_ring(site: Site, given: LayoutMetadata, group: SequenceGroup) -> None:
-    pretend(site.node, _ring(given, group))
 
 
 def _ring(given: LayoutMetadata, group: SequenceGroup) -> Ring:
