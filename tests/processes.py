@@ -45,8 +45,8 @@ def run_processes(
     world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    limit_s: float = 120.0,
-    collective_s: float = 60.0,
+    limit_s: float = 400.0,
+    collective_s: float = 200.0,
     environments: dict[int, dict[str, str]] | None = None,
 ) -> list[Outcome]:
     """Run a function in several processes with a process group, and wait for all.

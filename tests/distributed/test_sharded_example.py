@@ -24,7 +24,7 @@ def printed(example: str, num_processes: int, *words: str) -> str:
         [*command, "--inner", "aot_eager", *words],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         env=environment,
         check=False,
     )
