@@ -25,7 +25,7 @@ from compiled_sparse.errors import DistributedError
 from compiled_sparse.sharding import SequenceGroup
 
 FACTS = {"policy": "sta", "grid": "(8, 24, 40)"}
-SHORT = timedelta(seconds=1)
+SHORT = timedelta(seconds=4)
 
 
 def caught(group: SequenceGroup, facts: dict[str, str], **options: timedelta) -> DistributedError:
@@ -70,7 +70,9 @@ def test_every_rank_says_what_differs_and_where() -> None:
 
 
 def _killed_before(killed: int) -> tuple[str, str]:
+    distributed.barrier()  # the others come at one time, however long it took to start them
     if distributed.get_rank() == killed:
+        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     error = caught(as_seen_here(), FACTS, timeout=SHORT)
     return error.problem, error.got
