@@ -58,6 +58,11 @@ class HeadShare:
         """Number of query heads."""
         return self.query[1] - self.query[0]
 
+    @property
+    def computed(self) -> tuple[int, int]:
+        """The query heads to compute: a rank without any has a head of zeros, as if the first."""
+        return self.query if self.num_query else (0, 1)
+
 
 def head_shares(num_heads: int, num_key_heads: int, parts: int) -> tuple[HeadShare, ...]:
     """Divide query heads among ranks, each with the key heads that serve them.

@@ -6,6 +6,7 @@ of FastVideo: [batch, tokens, heads, head_dim] in and out, text replicated on al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -141,10 +142,7 @@ class DistributedAttention(nn.Module):
     @property
     def num_video(self) -> int:
         """Tokens of the whole video."""
-        number = 1
-        for side in self.grid_thw:
-            number *= side
-        return number
+        return math.prod(self.grid_thw)
 
     def forward(
         self,
@@ -243,7 +241,5 @@ def _check_text(replicated: Sequence[Tensor]) -> None:
 def _of_rank(
     config: MechanismConfig, group: SequenceGroup, heads: int, key_heads: int
 ) -> MechanismConfig:
-    """The config of this rank's heads; one without any computes as the first head does."""
     config.check_heads(heads)
-    first, last = head_shares(heads, key_heads, group.size)[group.rank].query
-    return config.for_heads(first, last) if last > first else config.for_heads(0, 1)
+    return config.for_heads(*head_shares(heads, key_heads, group.size)[group.rank].computed)

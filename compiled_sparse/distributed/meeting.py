@@ -66,7 +66,7 @@ class Meeting:
 
     def __init__(self, group: SequenceGroup) -> None:
         self._group = group
-        process_group = _process_group(group.name)
+        process_group = process_group_of(group.name)
         self._store = _store(process_group, group.name)
         self._global_ranks = distributed.get_process_group_ranks(process_group)
         with _lock:
@@ -177,8 +177,15 @@ def _decoded(value: bytes) -> Outcome:
     return Outcome(**{**fields, "missing": tuple(fields["missing"])})
 
 
-def _process_group(name: str) -> Any:
-    """Return the process group of a name: torch has no public function for that."""
+def process_group_of(name: str) -> Any:
+    """Return the process group of a name: torch has no public function for that.
+
+    Args:
+        name: As functional collectives take it.
+
+    Raises:
+        DistributedError: if this process has no such group.
+    """
     try:
         from torch._C._distributed_c10d import _resolve_process_group
 

@@ -21,6 +21,8 @@ from compiled_sparse.passes.fx import hint
 from compiled_sparse.passes.fx import same
 from compiled_sparse.passes.mask_nodes import COPIED_META
 from compiled_sparse.passes.rings import rings_in
+from compiled_sparse.passes.sdpa import INPUTS
+from compiled_sparse.passes.sdpa import replace_inputs
 from compiled_sparse.sharding import HeadShare
 from compiled_sparse.sharding import SequenceGroup
 from compiled_sparse.sharding import head_shares
@@ -51,7 +53,7 @@ class Exchange:
     def local(self) -> dict[str, fx.Node]:
         """Queries, keys and values of this rank's tokens."""
         tensors: Any = self.node.args[0]
-        return dict(zip(("query", "key", "value"), tensors, strict=False))
+        return dict(zip(INPUTS, tensors, strict=False))
 
     @property
     def shares(self) -> tuple[HeadShare, ...]:
@@ -60,9 +62,8 @@ class Exchange:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """This rank's query heads; a rank without any computes a head of zeros as if the first."""
-        first, last = self.shares[self.group.rank].query
-        return (first, last) if last > first else (0, 1)
+        """The query heads this rank computes."""
+        return self.shares[self.group.rank].computed
 
     def carry(self, tensor: fx.Node) -> fx.Node:
         """Send one more tensor along.
@@ -159,7 +160,7 @@ def put_around(
     _describe(call, scatter, local[0])
     scatter.meta[GRID] = grid
     items = [_item(scatter, i) for i in range(3)]
-    _replace_inputs(call, items)
+    replace_inputs(call, items)
     key_heads = hint(example_value(local[1]).shape[1])
     with call.graph.inserting_after(call):
         arguments = (call, local[0], key_heads, *processes, *text)
@@ -168,13 +169,6 @@ def put_around(
     call.meta["example_value"] = _computed(call, local[0]).to(dtype)
     _describe(call, gather, local[0])
     return gather
-
-
-def _replace_inputs(call: fx.Node, items: list[fx.Node]) -> None:
-    names = ("query", "key", "value")
-    given = dict(zip(names, items, strict=True))
-    call.args = tuple(items[: len(call.args)]) + tuple(call.args[3:])
-    call.kwargs = {name: given.get(name, value) for name, value in call.kwargs.items()}
 
 
 def _item(scatter: fx.Node, index: int) -> fx.Node:

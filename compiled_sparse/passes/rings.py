@@ -7,6 +7,7 @@ that is left: the call has become ring attention, dense or sparse, over the toke
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,12 @@ from compiled_sparse.ops import ring_shapes as _op  # noqa: F401 - defines the o
 from compiled_sparse.passes.fx import compute
 from compiled_sparse.passes.fx import example_value
 from compiled_sparse.passes.mask_nodes import COPIED_META
+from compiled_sparse.passes.sdpa import INPUTS
 from compiled_sparse.passes.sdpa import arguments_of
+from compiled_sparse.passes.sdpa import replace_inputs
 from compiled_sparse.sharding import SequenceGroup
 
 _OPS = torch.ops.compiled_sparse
-_NAMES = ("query", "key", "value")
 _RING = "compiled_sparse_ring"
 
 
@@ -58,10 +60,8 @@ def pretend(call: fx.Node, ring: Ring) -> None:
         ring: Its ring.
     """
     arguments, sizes = arguments_of(call), (ring.text.before, ring.text.after)
-    number = 1
-    for side in ring.grid:
-        number *= side
-    local = [arguments[name] for name in _NAMES]
+    number = math.prod(ring.grid)
+    local = [arguments[name] for name in INPUTS]
     with call.graph.inserting_before(call):
         whole = [
             _described(call, call.graph.call_function(_OPS.ring_whole.default, (x, number, *sizes)))
@@ -69,8 +69,7 @@ def pretend(call: fx.Node, ring: Ring) -> None:
         ]
     for node in (call, *whole):
         node.meta[_RING] = ring
-    for name, node in zip(_NAMES, whole, strict=True):
-        _set_argument(call, name, node)
+    replace_inputs(call, whole)
     users, dtype = list(call.users), example_value(call).dtype
     with example_value(local[0]).fake_mode:
         call.meta["example_value"] = compute(call).to(dtype)
@@ -99,7 +98,7 @@ def settle(call: fx.Node, ring: Ring, config: MechanismConfig | None) -> fx.Node
         The output.
     """
     arguments = arguments_of(call)
-    whole = [arguments[name] for name in _NAMES]
+    whole = [arguments[name] for name in INPUTS]
     (own,) = call.users
     given = ring_arguments(
         ring_pattern(config or Dense(), ring.grid, ring.group.size), ring.group, ring.text
@@ -125,14 +124,6 @@ def rings_in(graph: fx.Graph) -> list[tuple[SequenceGroup, str]]:
             words = f"ring of {kind} {windows}, tile {tile}, grid {grid}, text {text}, q {shape}"
             found.append((SequenceGroup(name, size, rank), words))
     return found
-
-
-def _set_argument(call: fx.Node, name: str, node: fx.Node) -> None:
-    if name in call.kwargs:
-        call.kwargs = {**call.kwargs, name: node}
-    else:
-        index = _NAMES.index(name)
-        call.args = (*call.args[:index], node, *call.args[index + 1 :])
 
 
 def _described(call: fx.Node, node: fx.Node) -> fx.Node:

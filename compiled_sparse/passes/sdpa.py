@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
 SDPA = F.scaled_dot_product_attention
+INPUTS = ("query", "key", "value")
 _TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
 
 
@@ -23,3 +25,15 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     normalized = normalize_function(SDPA, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
     assert normalized is not None
     return dict(normalized.kwargs)
+
+
+def replace_inputs(node: fx.Node, inputs: Sequence[fx.Node]) -> None:
+    """Hand such a call other queries, keys and values.
+
+    Args:
+        node: The call; edited.
+        inputs: The three.
+    """
+    given = dict(zip(INPUTS, inputs, strict=True))
+    node.args = (*inputs[: len(node.args)], *node.args[3:])
+    node.kwargs = {name: given.get(name, value) for name, value in node.kwargs.items()}

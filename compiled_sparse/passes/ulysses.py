@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compiled_sparse.distributed.meeting import process_group_of
 from compiled_sparse.passes.exchanges import can_travel_together
 from compiled_sparse.passes.exchanges import put_around
 from compiled_sparse.passes.fx import all_nested
@@ -100,10 +100,9 @@ def _is_written(path: Path, call: fx.Node, owner: fx.GraphModule) -> bool:
 
 
 def _group_of(path: Path) -> SequenceGroup | None:
-    found: Any = torch._C._distributed_c10d
-    group = found._resolve_process_group(path.group)
-    rank = group.rank()
-    return SequenceGroup(path.group, path.size, rank) if group.size() == path.size else None
+    group = process_group_of(path.group)
+    fits = group.size() == path.size
+    return SequenceGroup(path.group, path.size, group.rank()) if fits else None
 
 
 def _with_heads_first(path: Path) -> fx.Node:
